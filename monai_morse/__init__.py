@@ -1,0 +1,13 @@
+"""MORSE for MONAI: stochastic mixtures of experts and implicit anatomical rendering around any segmentation network.
+
+``import monai_morse`` is all that a MONAI config needs (``imports: ["$import monai_morse"]``) for ``_target_: Morse`` and the
+other public names to resolve.
+"""
+
+from .errors import InputError, flag, short_errors
+from .losses import MorseLoss
+from .networks import Morse
+
+__version__ = "0.1.0"
+
+__all__ = ["InputError", "Morse", "MorseLoss", "flag", "short_errors"]

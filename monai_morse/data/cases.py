@@ -1,0 +1,184 @@
+"""Which scans there are, how they are split into folds, and whether their files can be used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from monai_morse.errors import InputError
+
+__all__ = ["find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
+
+logger = logging.getLogger(__name__)
+
+
+def _read_listing(dataset_dir: str | Path) -> dict:
+    listing = Path(dataset_dir) / "dataset.json"
+    if not Path(dataset_dir).is_dir():
+        raise InputError(f"no dataset folder at {dataset_dir}; give the folder that holds dataset.json with --dataset_dir")
+    if not listing.is_file():
+        raise InputError(f"{listing} does not exist; the folder must have the MSD layout: dataset.json, imagesTr/, labelsTr/")
+    try:
+        return json.loads(listing.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{listing} is not valid JSON: {error}") from error
+
+
+def msd_class_names(dataset_dir: str | Path) -> list[str]:
+    """Names of the foreground classes, in label order, from ``dataset.json``.
+
+    Raises:
+        InputError: when it is missing, broken or its labels are not 0, 1, 2, ...
+    """
+    labels = _read_listing(dataset_dir).get("labels", {})
+    if sorted(labels, key=int) != [str(i) for i in range(len(labels))] or len(labels) < 2:
+        raise InputError(f"{dataset_dir}/dataset.json: labels must be numbered 0 (background), 1, 2, ..., got {labels}")
+    return [str(labels[str(i)]) for i in range(1, len(labels))]
+
+
+def msd_cases(
+    dataset_dir: str | Path, split: str = "train", fold: int = 0, num_folds: int = 5, seed: int = 0
+) -> list[dict[str, str]]:
+    """Cases of an MSD folder: ``{"image": path, "label": path}`` each, absolute paths.
+
+    Folds are drawn by *patient*: entries of ``dataset.json`` with the same ``"patient"``, or without that key the same label
+    file, never stand on both sides. The split depends on the listing, ``num_folds`` and ``seed`` alone.
+
+    Args:
+        dataset_dir: folder with ``dataset.json``.
+        split: ``"train"`` (all folds but one), ``"val"`` (that fold), ``"all"``, or ``"test"`` (the listing's images without
+            labels).
+        fold: the fold held back, 0 to ``num_folds - 1``; default 0.
+        num_folds: default 5.
+        seed: of the draw; default 0.
+
+    Raises:
+        InputError: for a missing or broken listing, an unknown split or fold, or more folds than patients.
+    """
+    root = Path(dataset_dir).resolve()
+    listing = _read_listing(dataset_dir)
+    if split == "test":
+        return [{"image": str(root / (e["image"] if isinstance(e, Mapping) else e))} for e in listing.get("test", [])]
+    entries = listing.get("training", [])
+    if not entries:
+        raise InputError(f"{root}/dataset.json lists no training cases")
+    broken = [e for e in entries if not isinstance(e, Mapping) or not {"image", "label"} <= e.keys()]
+    if broken:
+        raise InputError(f"{root}/dataset.json: every training case needs an image and a label, got {broken[0]}")
+    if split not in ("train", "val", "all"):
+        raise InputError(f"split must be one of ('train', 'val', 'all', 'test'), got {split!r}")
+    patients = sorted({str(e.get("patient", e["label"])) for e in entries})
+    if not 0 <= fold < num_folds or not 2 <= num_folds <= len(patients):
+        raise InputError(
+            f"need 0 <= fold < num_folds and 2 <= num_folds <= {len(patients)} patients, got fold {fold} of {num_folds}"
+        )
+    random.Random(seed).shuffle(patients)
+    held_back = set(patients[fold::num_folds])
+
+    def wanted(entry: Mapping[str, Any]) -> bool:
+        return split == "all" or (str(entry.get("patient", entry["label"])) in held_back) == (split == "val")
+
+    return [{k: str(root / e[k]) for k in ("image", "label")} for e in entries if wanted(e)]
+
+
+def _load(path: str) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:
+    if not Path(path).is_file():
+        raise InputError("the file does not exist")
+    try:
+        image = nib.load(path)
+        return image, np.asanyarray(image.dataobj)
+    except Exception as error:  # nibabel, zlib and gzip each have their own
+        raise InputError(f"cannot be read, truncated or not NIfTI ({type(error).__name__}: {error})") from error
+
+
+def _corners(image: Any) -> np.ndarray:
+    far = np.array(image.shape[:3]) - 1
+    grid = np.array(np.meshgrid(*[[0, f] for f in far], indexing="ij")).reshape(3, -1)
+    return image.affine[:3, :3] @ grid + image.affine[:3, 3:]
+
+
+def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1) -> str | None:
+    """What makes a case unusable, naming the file and the remedy; None if nothing does.
+
+    Args:
+        case: paths by ``"image"`` and, optionally, ``"label"``.
+        num_classes: labels must be integers in [0, num_classes - 1].
+        in_channels: 1 wants a 3D image; more want a 4D image with that many along its last axis.
+    """
+    path = case["image"]
+    try:
+        image, voxels = _load(path)
+        expected = 3 if in_channels == 1 else 4
+        if voxels.ndim != expected or (in_channels > 1 and voxels.shape[-1] != in_channels):
+            return f"{path}: expected a {expected}D image with {in_channels} channel(s), got shape {voxels.shape}; split or stack it"
+        if not np.isfinite(voxels).all():
+            count = int(voxels.size - np.isfinite(voxels).sum())
+            return f"{path}: {count} voxels are NaN or infinite; repair or remove the scan"
+        if "label" not in case:
+            return None
+        path = case["label"]
+        label, classes = _load(path)
+    except InputError as error:
+        return f"{path}: {error}; restore the file or remove the case from dataset.json"
+    if classes.shape != voxels.shape[:3]:
+        return f"{path}: shape {classes.shape} differs from its image's {voxels.shape[:3]}; resample the label to the image"
+    spacing = np.linalg.norm(image.affine[:3, :3], axis=0).min()
+    shift = np.linalg.norm(_corners(image) - _corners(label), axis=0).max()
+    if shift > 0.05 * spacing:
+        return f"{path}: its affine puts it up to {shift:.3g} mm away from its image; resample the label to the image"
+    found = np.unique(classes)
+    wrong = found[(found != np.round(found)) | (found < 0) | (found >= num_classes)]
+    if wrong.size:
+        return (
+            f"{path}: labels {[float(w) for w in wrong[:5]]} are outside 0 to {num_classes - 1}; map them or name every "
+            "class in --class_names"
+        )
+    return None
+
+
+def usable_cases(
+    cases: Sequence[Mapping[str, str]], num_classes: int, in_channels: int = 1, skip: bool = False
+) -> list[dict[str, str]]:
+    """The cases whose files can be used, every file read and checked once.
+
+    Args:
+        cases: paths by ``"image"`` and ``"label"``.
+        num_classes, in_channels: see :func:`find_problem`.
+        skip: leave unusable cases out, with a logged error each, for cohorts at inference; default False: one unusable case
+            is an error, for training.
+
+    Raises:
+        InputError: with up to ten problems; or, when skipping, if no case is left.
+    """
+    good: list[dict[str, str]] = []
+    problems: list[str] = []
+    for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
+        problem = find_problem(case, num_classes, in_channels)
+        if problem is None:
+            good.append(dict(case))
+        else:
+            problems.append(problem)
+    if problems and not skip:
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise InputError(f"{len(problems)} of {len(cases)} cases cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
+    for problem in problems:
+        logger.error("skipped: %s", problem)
+    if not good:
+        raise InputError("no usable case: " + (problems[0] if problems else "the list of cases is empty"))
+    return good
+
+
+def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:
+    """At the end of a cohort: raise an :class:`InputError` naming the cases that :func:`usable_cases` left out, if any."""
+    done = {c["image"] for c in used}
+    skipped = [c["image"] for c in cases if c["image"] not in done]
+    if skipped:
+        raise InputError(f"{len(skipped)} case(s) skipped, the others are done; see the log for why: {', '.join(skipped)}")

@@ -1,0 +1,62 @@
+"""Errors that a user can mend, and how they reach the terminal.
+
+Everything that this package rejects raises :class:`InputError`, an ordinary ``ValueError``, whose message names what came,
+what was expected and the remedy. ``monai.bundle run`` wraps such errors several times on their way out;
+:func:`short_errors`, called by the bundles' ``initialize``, prints the message alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import TracebackType
+
+__all__ = ["InputError", "flag", "short_errors"]
+
+
+class InputError(ValueError):
+    """Input (data, configuration or checkpoint) that cannot be used; the message says which and what to do."""
+
+
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """The :class:`InputError` that ``error`` is or was raised from, if any."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, InputError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def short_errors() -> None:
+    """Let an uncaught :class:`InputError` end the process with its message instead of a traceback (exit code 1).
+
+    Any other error keeps its traceback, and so does an :class:`InputError` when the root logger is at ``DEBUG``.
+    """
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        found = find_input_error(error)
+        if found is None or logging.getLogger().isEnabledFor(logging.DEBUG):
+            previous(kind, error, traceback)
+        else:
+            print(f"\nerror: {found}", file=sys.stderr)
+
+    if getattr(previous, "__module__", None) != __name__:
+        sys.excepthook = hook
+
+
+def flag(value: bool | str, name: str = "flag") -> bool:
+    """A yes or no from a config or a command line, where ``--resume true`` arrives as a string.
+
+    Raises:
+        InputError: for anything but true and false.
+
+    >>> flag(True), flag("false")
+    (True, False)
+    """
+    words = {"true": True, "false": False}
+    if str(value).lower() not in words:
+        raise InputError(f"{name} must be true or false, got {value!r}")
+    return words[str(value).lower()]

@@ -1,0 +1,359 @@
+"""Ignite handlers for MONAI's engines: lambda_t, repeatable epochs, checkpoints that survive a kill, per-case figures.
+
+Each is attached by its place in ``train_handlers`` or ``val_handlers``; handlers of one event run in that order.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import DiskSaver
+from monai.data import decollate_batch
+from monai.engines.utils import IterationEvents
+from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
+from monai.transforms import Randomizable
+from monai.utils import set_determinism
+from torch import nn
+
+from monai_morse.errors import InputError, flag
+from monai_morse.losses import MorseLoss, render_weight
+
+__all__ = ["BestModel", "CaseReport", "ClassMetrics", "EpochSeed", "RenderSchedule", "TrainingState", "WeightsLoader"]
+
+logger = logging.getLogger(__name__)
+
+
+class RenderSchedule:
+    """Sets ``loss.weight`` to lambda_t before each iteration t; T is the trainer's ``max_epochs * epoch_length``.
+
+    It depends on the trainer's iteration alone, so it survives a resumed training.
+
+    Args:
+        loss: the trainer's loss.
+        schedule: ``"ramp"`` (equation 4, default), ``"half"`` or ``"scratch"``.
+        lambda_rend: default 0.1.
+
+    >>> from ignite.engine import Engine
+    >>> loss, seen = MorseLoss(), []
+    >>> trainer = Engine(lambda engine, batch: seen.append(loss.weight))
+    >>> RenderSchedule(loss).attach(trainer)
+    >>> _ = trainer.run([0, 0], max_epochs=2)
+    >>> seen
+    [0.0, 0.0, 0.025, 0.05]
+    """
+
+    def __init__(self, loss: MorseLoss, schedule: str = "ramp", lambda_rend: float = 0.1) -> None:
+        render_weight(0, 1, schedule)  # an unknown word is an error now, not at the first iteration
+        self.loss = loss
+        self.schedule = schedule
+        self.lambda_rend = lambda_rend
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self.loss.weight = render_weight(engine.state.iteration, total, self.schedule, self.lambda_rend)
+
+
+class EpochSeed:
+    """Seeds every source of randomness with ``seed + epoch`` when an epoch starts.
+
+    An epoch then depends on the weights and optimizer it starts from and on nothing else, so that a killed training, resumed
+    from the last epoch's checkpoint, ends with the weights of one that was not killed (on the same machine, CPU).
+
+    Args:
+        seed: default 0.
+        transform: the training data's random transform.
+    """
+
+    def __init__(self, seed: int = 0, transform: Randomizable | None = None) -> None:
+        self.seed = seed
+        self.transform = transform
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        seed = self.seed + engine.state.epoch
+        # the algorithms stay as the user chose them: only the seeds are set
+        flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+        set_determinism(seed)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
+        if self.transform is not None:
+            self.transform.set_random_state(seed)
+
+
+def _save(obj: Any, path: Path) -> None:
+    """Written beside its place and moved there, so that a kill leaves the old file or the new one."""
+    DiskSaver(str(path.parent), atomic=True, require_empty=False)(obj, path.name)
+
+
+def _keep_previous(path: Path) -> None:
+    """A file of an earlier training is copied aside before a new training overwrites it."""
+    if path.is_file():
+        previous = path.with_name(f"{path.stem}.previous{path.suffix}")
+        shutil.copy2(path, previous)
+        logger.info("kept %s of an earlier training as %s", path.name, previous)
+
+
+def _load(path: str | Path, device: torch.device | None = None) -> Any:
+    if not os.path.isfile(path):
+        raise InputError(f"no checkpoint at {path}; train first, or give the path of one")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as a checkpoint of weights only: {str(error).splitlines()[0]}") from error
+
+
+def _load_network(network: nn.Module, state: Any, path: str | Path) -> None:
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        wanted = network.state_dict()
+        given = state if isinstance(state, Mapping) else {}
+        missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+        shapes = [k for k in wanted.keys() & given.keys() if getattr(given[k], "shape", None) != wanted[k].shape]
+        examples = ", ".join([*sorted(missing)[:2], *sorted(extra)[:2], *sorted(shapes)[:2]])
+        raise InputError(
+            f"{path} is a checkpoint of another architecture: {len(missing)} entries missing, {len(extra)} unknown, "
+            f"{len(shapes)} of another shape (e.g. {examples}); give the --experts, --renderer and network options that it "
+            "was trained with, or another checkpoint"
+        ) from error
+
+
+class WeightsLoader:
+    """Loads a network's weights when the engine starts, with ``weights_only=True``, all of them or none.
+
+    Args:
+        load_path: a state dict, or a checkpoint that holds one as ``"model"``.
+        network: where to load it.
+
+    Raises:
+        InputError: when the file is missing, unreadable or of another architecture.
+    """
+
+    def __init__(self, load_path: str, network: nn.Module) -> None:
+        self.load_path = load_path
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        state = _load(self.load_path, engine.state.device)
+        if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
+            state = state["model"]
+        _load_network(self.network, state, self.load_path)
+        logger.info("loaded weights from %s", self.load_path)
+
+
+class TrainingState:
+    """Saves everything a training goes on from after each epoch; with ``resume`` starts from what is saved.
+
+    Written whole or not at all. Place it after the validation handler, so that the best metric so far is part of it.
+
+    Args:
+        path: file to write, e.g. ``models/last.pt``.
+        network, optimizer, lr_scheduler: their states are kept, as are the trainer's epoch and iteration.
+        evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.
+        resume: go on from ``path`` if it exists; default False, a fresh start, which first copies an existing ``path`` aside.
+
+    Raises:
+        InputError: when the file cannot be read or holds another architecture.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any = None,
+        evaluator: Engine | None = None,
+        resume: bool | str = False,
+    ) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.evaluator = evaluator
+        self.resume = flag(resume, "resume")
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def start(self, engine: Engine) -> None:
+        if not self.resume:
+            _keep_previous(self.path)
+            return
+        if not self.path.is_file():
+            logger.info("nothing to resume at %s: starting from the beginning", self.path)
+            return
+        state = _load(self.path, engine.state.device)
+        if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "iteration"} <= state.keys():
+            raise InputError(f"{self.path} holds weights alone, no training to resume; start without --resume")
+        _load_network(self.network, state["model"], self.path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if state["epoch"] >= engine.state.max_epochs:
+            raise InputError(
+                f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on"
+            )
+        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+        if self.evaluator is not None:
+            self.evaluator.state.best_metric = state["best_metric"]
+            self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        logger.info("resumed from %s after epoch %d", self.path, state["epoch"])
+
+    def save(self, engine: Engine) -> None:
+        state = {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+        }
+        if self.lr_scheduler is not None:
+            state["lr_scheduler"] = self.lr_scheduler.state_dict()
+        if self.evaluator is not None:
+            state["best_metric"] = float(self.evaluator.state.best_metric)
+            state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)
+        _save(state, self.path)
+
+
+class BestModel:
+    """Saves the network's weights, alone, whenever the evaluator's key metric is its best so far; attach to the evaluator.
+
+    Args:
+        path: file to write, e.g. ``models/model.pt``; one of an earlier training is copied aside first.
+        network: the network.
+    """
+
+    def __init__(self, path: str, network: nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if engine.state.best_metric_epoch != engine.state.epoch:
+            return
+        if not getattr(engine.state, "best_model_saved", False) and engine.state.best_metric_epoch <= 1:
+            _keep_previous(self.path)
+        engine.state.best_model_saved = True
+        _save(self.network.state_dict(), self.path)
+        logger.info("new best %s %.4f: saved %s", engine.state.key_metric_name, engine.state.best_metric, self.path)
+
+
+class ClassMetrics:
+    """Adds each class's mean of a metric to ``engine.state.metrics`` as ``NAME_CLASS``, for logs and TensorBoard.
+
+    Args:
+        metric: name of a metric that was computed with ``save_details=True`` (the default of MONAI's handlers).
+        class_names: of the foreground classes, in label order.
+    """
+
+    def __init__(self, metric: str, class_names: Sequence[str]) -> None:
+        self.metric = metric
+        self.class_names = list(class_names)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        means = engine.state.metric_details[self.metric].nanmean(dim=0)
+        for name, mean in zip(self.class_names, means, strict=True):
+            engine.state.metrics[f"{self.metric}_{name}"] = float(mean)
+
+
+class CaseReport:
+    """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD (mm) on the label's own grid, and seconds.
+
+    The figures are MONAI's: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. A
+    distance that does not exist, because prediction or label is empty, is left blank. Expects decollated outputs with
+    one-hot ``pred`` and ``label``; logs the mean of each figure at the end.
+
+    Args:
+        path: the CSV file.
+        class_names: of the foreground classes, in label order.
+        label_key: key of the label in the engine's output; default "label".
+
+    The CSV has the columns case, class, dice, jaccard, hd95_mm, asd_mm, seconds (of inference, the same for each class).
+    """
+
+    FIGURES = ("dice", "jaccard", "hd95_mm", "asd_mm")
+
+    def __init__(self, path: str, class_names: Sequence[str], label_key: str = "label") -> None:
+        self.path = Path(path)
+        self.class_names = list(class_names)
+        self.label_key = label_key
+        self.rows: list[dict[str, Any]] = []
+        self.started = 0.0
+        self.seconds = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda engine: self.rows.clear())
+        engine.add_event_handler(Events.ITERATION_STARTED, self._start_clock)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop_clock)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.COMPLETED, self._write)
+
+    def _start_clock(self, engine: Engine) -> None:
+        self.started = time.perf_counter()
+
+    def _stop_clock(self, engine: Engine) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+    def _add(self, engine: Engine) -> None:
+        outputs = engine.state.output
+        for output in outputs if isinstance(outputs, list) else decollate_batch(outputs):
+            label = output[self.label_key]
+            spacing = label.pixdim.tolist() if hasattr(label, "pixdim") else 1.0
+            name = os.path.basename(str(label.meta.get("filename_or_obj", ""))) if hasattr(label, "meta") else ""
+            pred, truth = (torch.as_tensor(output[k]).as_subclass(torch.Tensor)[None] for k in ("pred", self.label_key))
+            figures = (
+                compute_dice(pred, truth, include_background=False),
+                compute_iou(pred, truth, include_background=False),
+                compute_hausdorff_distance(pred, truth, percentile=95, spacing=spacing),
+                compute_average_surface_distance(pred, truth, symmetric=True, spacing=spacing),
+            )
+            for c, class_name in enumerate(self.class_names):
+                row: dict[str, Any] = {"case": name.removesuffix(".gz").removesuffix(".nii"), "class": class_name}
+                row.update({f: float(v[0, c]) for f, v in zip(self.FIGURES, figures)})
+                row["seconds"] = self.seconds / len(outputs)
+                self.rows.append(row)
+
+    def _write(self, engine: Engine) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, "seconds"])
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({k: self._cell(v) for k, v in row.items()})
+        os.replace(partial, self.path)
+        for class_name in self.class_names:
+            means = []
+            for figure in self.FIGURES:
+                values = [r[figure] for r in self.rows if r["class"] == class_name and math.isfinite(r[figure])]
+                means.append(f"{figure} {sum(values) / len(values):.4f}" if values else f"{figure} -")
+            logger.info("%s: %s", class_name, ", ".join(means))
+        logger.info("figures of %d cases in %s", len({r["case"] for r in self.rows}), self.path)
+
+    @staticmethod
+    def _cell(value: Any) -> Any:
+        if isinstance(value, float):
+            return f"{value:.6f}" if math.isfinite(value) else ""
+        return value

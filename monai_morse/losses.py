@@ -1,0 +1,75 @@
+"""L_total = L_sup + lambda_t * L_rend, and the schedule of lambda_t."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+
+from monai_morse.errors import InputError
+from monai_morse.networks import MorseOutput
+from monai_morse.networks.points import gather_points
+
+__all__ = ["SCHEDULES", "MorseLoss", "render_weight"]
+
+SCHEDULES = ("ramp", "half", "scratch")
+
+
+def render_weight(iteration: int, total: int, schedule: str = "ramp", lambda_rend: float = 0.1) -> float:
+    """lambda_t at iteration t of T, the three rows of the paper's table 4.
+
+    ``"ramp"`` is equation 4, ``lambda_rend * 1{t > T/2} * (t - T/2) / T``; ``"half"`` is ``lambda_rend`` from T/2 on;
+    ``"scratch"`` is ``lambda_rend`` from the start.
+
+    Raises:
+        InputError: for another schedule.
+
+    >>> render_weight(75, 100), render_weight(50, 100), render_weight(75, 100, "half"), render_weight(1, 100, "scratch")
+    (0.025, 0.0, 0.1, 0.1)
+    """
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    if schedule == "scratch":
+        return lambda_rend
+    if iteration <= total / 2:
+        return 0.0
+    return lambda_rend if schedule == "half" else lambda_rend * (iteration - total / 2) / total
+
+
+class MorseLoss(nn.Module):
+    """``0.5 * cross-entropy + 0.5 * Dice`` on the coarse logits, plus ``weight`` times the cross-entropy at the points.
+
+    Takes what ``Morse(x, return_points=True)`` returns; plain logits are supervised alone, so the same configuration trains
+    the bare backbone.
+
+    Args:
+        weight: lambda_t, default 0; :class:`monai_morse.handlers.RenderSchedule` sets it before each iteration.
+
+    >>> import torch
+    >>> coarse, target = torch.rand(2, 3, 8, 8), torch.randint(0, 3, (2, 1, 8, 8))
+    >>> output = MorseOutput(coarse, torch.rand(2, 3, 5), torch.randint(0, 64, (2, 5)))
+    >>> bool(MorseLoss(weight=0.1)(output, target) > MorseLoss()(coarse, target))
+    True
+    """
+
+    def __init__(self, weight: float = 0.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, output: Tensor | MorseOutput, target: Tensor) -> Tensor:
+        """Logits (B, K, *S), alone or in a :class:`MorseOutput`, and labels (B, 1, *S) -> scalar. K = 1 is one class (sigmoid)."""
+        coarse = output.coarse if isinstance(output, MorseOutput) else output
+        binary = coarse.shape[1] == 1
+        supervised = DiceCELoss(
+            softmax=not binary, sigmoid=binary, to_onehot_y=not binary, lambda_dice=0.5, lambda_ce=0.5
+        )
+        loss: Tensor = supervised(coarse.float(), target.float() if binary else target)
+        if not isinstance(output, MorseOutput) or output.point_index.shape[1] == 0:
+            return loss
+        logits = output.point_logits.float()
+        labels = gather_points(target, output.point_index)[:, 0]
+        if binary:
+            rendered = F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+        else:
+            rendered = F.cross_entropy(logits, labels.long())
+        return loss + self.weight * rendered

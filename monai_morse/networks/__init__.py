@@ -1,0 +1,22 @@
+"""The network: a backbone, a mixture over its decoder features and a renderer for its least certain voxels.
+
+Shape shorthand of all docstrings: ``B`` batch, ``C`` channels, ``K`` classes, ``N`` experts, ``P`` points, ``L`` frequencies,
+``*S`` spatial size, (H, W) or (D, H, W), and ``V`` its product, the number of voxels.
+"""
+
+from .decoders import DecoderFeatures, FeatureInfo
+from .experts import Mixture
+from .morse import Morse, MorseOutput
+from .points import PointSelection
+from .renderers import AnatomicalHead, FourierEncoding
+
+__all__ = [
+    "AnatomicalHead",
+    "DecoderFeatures",
+    "FeatureInfo",
+    "FourierEncoding",
+    "Mixture",
+    "Morse",
+    "MorseOutput",
+    "PointSelection",
+]

@@ -1,0 +1,159 @@
+"""SMoE: decoder features become experts, mixed voxel by voxel by a gate and dropped at random in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import List
+
+import torch
+import torch.nn.functional as F
+from monai.networks.layers.factories import Conv
+from torch import Tensor, nn
+
+from monai_morse.errors import InputError
+
+__all__ = ["ExpertDropout", "Mixture", "PointwiseMLP", "resize"]
+
+
+class PointwiseMLP(nn.Module):
+    """The same MLP at every position: a linear map and ReLU per entry of ``channels``, the last ReLU only on demand.
+
+    Args:
+        in_channels: C of the input.
+        channels: width of each layer, e.g. (256, 256).
+        last_activation: whether the last layer is followed by a ReLU too; default True.
+
+    >>> PointwiseMLP(3, [8, 4])(torch.rand(2, 3, 5, 6, 7)).shape
+    torch.Size([2, 4, 5, 6, 7])
+    """
+
+    def __init__(self, in_channels: int, channels: Sequence[int], last_activation: bool = True) -> None:
+        super().__init__()
+        layers: List[nn.Module] = []
+        for i, width in enumerate(channels):
+            activated = last_activation or i + 1 < len(channels)
+            linear = nn.Conv1d(in_channels, width, kernel_size=1)
+            # torch's default shrinks the signal by a factor of about 2.4 per ReLU layer
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu" if activated else "linear")
+            nn.init.zeros_(linear.bias)
+            layers += [linear, nn.ReLU()] if activated else [linear]
+            in_channels = width
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *S) -> (B, channels[-1], *S), for any number of spatial axes from one."""
+        y = self.layers(x.flatten(2))
+        return y.reshape(list(y.shape[:2]) + list(x.shape[2:]))
+
+
+def resize(x: Tensor, size: List[int]) -> Tensor:
+    """Resize (B, C, *S) to ``size``: linear upsampling (``align_corners=False``), averaging where it gets smaller."""
+    if list(x.shape[2:]) == size:
+        return x
+    if x.shape[2] > size[0]:
+        return F.interpolate(x, size, mode="area")
+    return F.interpolate(x, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
+
+
+class ExpertDropout(nn.Module):
+    """Standard dropout over experts, per sample: zeroed with probability alpha, survivors scaled by 1 / (1 - alpha).
+
+    Masks with fewer than ``min_active`` survivors are redrawn, i.e. drawn from the conditional distribution; at N = 3 and
+    alpha = 0.7 the literal rule (``min_active=0``) leaves 34 % of the samples without any expert.
+
+    Args:
+        num_experts: N, at most 12.
+        drop_prob: alpha in [0, 1).
+        min_active: survivors at least; default 1.
+    """
+
+    def __init__(self, num_experts: int, drop_prob: float = 0.7, min_active: int = 1) -> None:
+        super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise InputError(f"dropout (alpha) must be in [0, 1), got {drop_prob}")
+        if not 0 <= min_active <= num_experts <= 12:
+            raise InputError(f"need 0 <= min_active <= num_experts <= 12, got {min_active} and {num_experts}")
+        self.scale = 1 / (1 - drop_prob)
+        codes = torch.arange(2**num_experts).unsqueeze(1)
+        masks = (torch.div(codes, 2 ** torch.arange(num_experts), rounding_mode="floor") % 2).float()
+        active = masks.sum(1)
+        chance = (1 - drop_prob) ** active * drop_prob ** (num_experts - active) * (active >= min_active)
+        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("chance", chance, persistent=False)
+
+    def forward(self, batch: int) -> Tensor:
+        """Factors for the experts of ``batch`` samples, (B, N): 0 or 1 / (1 - alpha) in training, ones in eval mode."""
+        if not self.training:
+            return torch.ones(batch, self.masks.shape[1], device=self.masks.device)
+        return self.masks[torch.multinomial(self.chance, batch, replacement=True)] * self.scale
+
+
+class Mixture(nn.Module):
+    """Equations 1 and 2: ``W = softmax(gate([F_1..F_N]))``, ``x_out = MLP(sum_i W_i F_i)``.
+
+    ``F_i`` is ``MLP_i(D_i)``, computed at D_i's own resolution and upsampled linearly to the input's. The gate is four
+    3x3(x3) convolutions with ReLU between. A single expert needs no gate: its weight is 1.
+
+    Args:
+        channels: C_i of the decoder features D_1..D_N.
+        spatial_dims: 2 or 3.
+        width: hidden and output channels of all MLPs and of the gate's convolutions; default 256, the paper's.
+        gate_stride: the gate runs on features averaged to 1/gate_stride of the input's size and its logits are upsampled;
+            default 1, the paper's full resolution.
+        drop_prob: expert dropout alpha; default 0, a dense mixture.
+        min_active: see :class:`ExpertDropout`.
+
+    >>> mixture = Mixture([8, 4], spatial_dims=2, width=16, gate_stride=2)
+    >>> mixture([torch.rand(1, 8, 6, 5), torch.rand(1, 4, 12, 10)], [12, 10]).shape
+    torch.Size([1, 16, 12, 10])
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        spatial_dims: int,
+        width: int = 256,
+        gate_stride: int = 1,
+        drop_prob: float = 0.0,
+        min_active: int = 1,
+    ) -> None:
+        super().__init__()
+        if not channels or width < 1 or gate_stride < 1:
+            raise InputError(f"mixture: need channels, width >= 1, gate_stride >= 1, got {channels}, {width}, {gate_stride}")
+        self.gate_stride = gate_stride
+        self.out_channels = width
+        self.experts = nn.ModuleList([PointwiseMLP(c, [width, width]) for c in channels])
+        self.dropout = ExpertDropout(len(channels), drop_prob, min_active)
+        self.gate: nn.Module | None = None
+        if len(channels) > 1:
+            conv = Conv["conv", spatial_dims]
+            widths = [width * len(channels), width, width, width, len(channels)]
+            layers: List[nn.Module] = []
+            for c_in, c_out in zip(widths[:-1], widths[1:]):
+                layers += [conv(c_in, c_out, kernel_size=3, padding=1), nn.ReLU()]
+            self.gate = nn.Sequential(*layers[:-1])
+        self.fuse = PointwiseMLP(width, [width, width])
+
+    def forward(self, features: List[Tensor], size: List[int]) -> Tensor:
+        """Decoder features (B, C_i, *S_i), coarse to fine, and the input's ``size`` *S -> x_out (B, width, *S)."""
+        batch = features[0].shape[0]
+        keep = self.dropout(batch).to(features[0].dtype)
+        experts: List[Tensor] = []
+        for i, mlp in enumerate(self.experts):
+            expert = mlp(features[i])
+            experts.append(expert * keep[:, i].reshape([batch] + [1] * (expert.ndim - 1)))
+        if self.gate is None:
+            return self.fuse(resize(experts[0], size))
+        weights = self.gate_weights(experts, size)
+        mixed = weights[:, :1] * resize(experts[0], size)
+        for i in range(1, len(experts)):
+            mixed = mixed + weights[:, i : i + 1] * resize(experts[i], size)
+        return self.fuse(mixed)
+
+    def gate_weights(self, experts: List[Tensor], size: List[int]) -> Tensor:
+        """Equation 1: expert outputs (B, width, *S_i) -> W (B, N, *S), non-negative, summing to 1 over the experts."""
+        gate_size = [-(-s // self.gate_stride) for s in size]
+        joined = torch.cat([resize(e, gate_size) for e in experts], dim=1)
+        if self.gate is None:
+            return torch.ones_like(joined[:, :1])
+        return resize(self.gate(joined), size).softmax(dim=1)

@@ -1,0 +1,175 @@
+"""Geometry of points: which voxels are uncertain, where they lie, reading features there, writing logits back.
+
+Pure functions of tensors; no parameters, no network. A point is the centre of a voxel and travels as a flat index into the
+``V`` voxels of ``*S``. Coordinates are ordered like the tensor's axes, (y, x) or (z, y, x), never reversed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import List
+
+import torch
+from torch import Tensor
+
+from monai_morse.errors import InputError
+
+__all__ = [
+    "PointSelection",
+    "gather_points",
+    "point_coordinates",
+    "sample_linear",
+    "select_training_points",
+    "select_uncertain_points",
+    "uncertainty",
+    "write_points",
+]
+
+
+@dataclass(frozen=True)
+class PointSelection:
+    """How many points are rendered and how they are chosen in training.
+
+    Args:
+        num_train: points per training window (the paper's N_p, 2048).
+        num_eval: points per window at inference (the paper's N_p, 8192).
+        oversample: candidates drawn per training point (k_p >= 1, default 3).
+        importance_ratio: share of training points that are the candidates' most uncertain (rho in [0, 1], default 0.75).
+
+    Raises:
+        InputError: when a value is out of its range.
+
+    >>> PointSelection(num_train=512)
+    PointSelection(num_train=512, num_eval=8192, oversample=3.0, importance_ratio=0.75)
+    """
+
+    num_train: int = 2048
+    num_eval: int = 8192
+    oversample: float = 3.0
+    importance_ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.num_train < 1 or self.num_eval < 1:
+            raise InputError(f"points: num_train and num_eval must be at least 1, got {self.num_train}, {self.num_eval}")
+        if self.oversample < 1:
+            raise InputError(f"points: oversample (k_p) must be at least 1, got {self.oversample}")
+        if not 0 <= self.importance_ratio <= 1:
+            raise InputError(f"points: importance_ratio (rho) must be in [0, 1], got {self.importance_ratio}")
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """Second largest minus largest logit of each voxel: at most 0, and 0 where two classes tie.
+
+    A single channel is one class against a background whose logit is 0 (sigmoid), so its uncertainty is ``-|logit|``.
+
+    Args:
+        logits: (B, K, *S).
+
+    Returns:
+        (B, V).
+
+    >>> uncertainty(torch.tensor([[[1.0, 0.0], [3.0, 0.5], [2.5, -1.0]]]))
+    tensor([[-0.5000, -0.5000]])
+    """
+    flat = logits.flatten(2)
+    if flat.shape[1] == 1:
+        return -flat[:, 0].abs()
+    top = flat.topk(2, dim=1).values
+    return top[:, 1] - top[:, 0]
+
+
+def select_uncertain_points(score: Tensor, num_points: int) -> Tensor:
+    """Indices of the ``min(num_points, V)`` most uncertain voxels: (B, V) -> (B, P)."""
+    return score.topk(min(num_points, score.shape[1]), dim=1, sorted=False).indices
+
+
+def select_training_points(score: Tensor, num_points: int, oversample: float, importance_ratio: float) -> Tensor:
+    """Draw the training points of each sample, all different.
+
+    ``k_p * N_p`` candidates are drawn uniformly from all voxels; the ``rho * N_p`` most uncertain of them are taken; the
+    other ``(1 - rho) * N_p`` are drawn uniformly from all voxels not taken. A window with fewer voxels gives all of them.
+
+    Args:
+        score: uncertainty (B, V).
+        num_points: N_p. oversample: k_p. importance_ratio: rho.
+
+    Returns:
+        flat voxel indices (B, P), P = min(N_p, V); the first ``round(rho * P)`` are the uncertain ones.
+    """
+    total = score.shape[1]
+    num_points = min(num_points, total)
+    num_candidates = min(int(oversample * num_points), total)
+    num_uncertain = int(round(importance_ratio * num_points))
+    # the largest of i.i.d. keys are a uniform draw without replacement
+    candidates = torch.rand(score.shape, device=score.device).topk(num_candidates, dim=1, sorted=False).indices
+    best = score.gather(1, candidates).topk(num_uncertain, dim=1, sorted=False).indices
+    uncertain = candidates.gather(1, best)
+    keys = torch.rand(score.shape, device=score.device).scatter(1, uncertain, -1.0)
+    uniform = keys.topk(num_points - num_uncertain, dim=1, sorted=False).indices
+    return torch.cat([uncertain, uniform], dim=1)
+
+
+def point_coordinates(index: Tensor, size: List[int]) -> Tensor:
+    """Coordinates ``2 x / H - 1`` of voxel centres, ``x = i + 0.5``, each axis in (-1, 1).
+
+    Args:
+        index: flat voxel indices (B, P). size: *S.
+
+    Returns:
+        (B, P, len(S)), float32, axes ordered like ``size``.
+
+    >>> point_coordinates(torch.tensor([[0, 5]]), [2, 3])
+    tensor([[[-0.5000, -0.6667],
+             [ 0.5000,  0.6667]]])
+    """
+    axes: List[Tensor] = []
+    rest = index
+    for length in size[::-1]:
+        axes.append((2 * (rest % length) + 1).float() / length - 1)
+        rest = torch.div(rest, length, rounding_mode="floor")
+    return torch.stack(axes[::-1], dim=-1)
+
+
+def gather_points(x: Tensor, index: Tensor) -> Tensor:
+    """Values of ``x`` (B, C, *S) at flat voxel indices (B, P): (B, C, P)."""
+    return x.flatten(2).gather(2, index.unsqueeze(1).expand(-1, x.shape[1], -1))
+
+
+def write_points(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A copy of ``x`` (B, C, *S) with ``values`` (B, C, P) at flat voxel indices (B, P)."""
+    index = index.unsqueeze(1).expand(-1, x.shape[1], -1)
+    return x.flatten(2).scatter(2, index, values.to(x.dtype)).reshape(x.shape)
+
+
+def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
+    """Linear interpolation of ``x`` at continuous coordinates, edge values held beyond the outermost voxel centres.
+
+    At the voxel centres of a finer grid this equals ``interpolate(x, mode="bilinear"|"trilinear", align_corners=False)``
+    there. Spelled out with ``gather`` because ONNX has no 3D ``grid_sample``.
+
+    Args:
+        x: (B, C, *S). coordinates: (B, P, len(S)) in [-1, 1], axes ordered like ``S``.
+
+    Returns:
+        (B, C, P).
+
+    >>> sample_linear(torch.tensor([[[[0.0, 1.0, 2.0]]]]), torch.tensor([[[0.0, 0.0], [0.0, 1 / 3]]]))
+    tensor([[[1.0000, 1.5000]]])
+    """
+    coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
+    # corners of the enclosing cell, one axis after another: flat index and weight of 1, 2, 4, (8) corners
+    indices = [torch.zeros(coordinates.shape[:2], dtype=torch.long, device=x.device)]
+    weights = [torch.ones(coordinates.shape[:2], dtype=coordinates.dtype, device=x.device)]
+    for axis in range(coordinates.shape[2]):
+        length = x.shape[2 + axis]
+        position = (((coordinates[..., axis] + 1) * length - 1) / 2).clamp(0, length - 1)
+        low = position.floor()
+        fraction = position - low
+        low_index = low.long()
+        high_index = (low_index + 1).clamp(max=length - 1)
+        indices = [i * length + low_index for i in indices] + [i * length + high_index for i in indices]
+        weights = [w * (1 - fraction) for w in weights] + [w * fraction for w in weights]
+    out = gather_points(x, indices[0]) * weights[0].unsqueeze(1)
+    for corner in range(1, len(indices)):
+        out = out + gather_points(x, indices[corner]) * weights[corner].unsqueeze(1)
+    return out.to(x.dtype)
