@@ -20,7 +20,7 @@ __all__ = ["find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "
 logger = logging.getLogger(__name__)
 
 
-def _read_listing(dataset_dir: str | Path) -> dict:
+def read_listing(dataset_dir: str | Path) -> dict:
     listing = Path(dataset_dir) / "dataset.json"
     if not Path(dataset_dir).is_dir():
         raise InputError(f"no dataset folder at {dataset_dir}; give the folder that holds dataset.json with --dataset_dir")
@@ -38,7 +38,7 @@ def msd_class_names(dataset_dir: str | Path) -> list[str]:
     Raises:
         InputError: when it is missing, broken or its labels are not 0, 1, 2, ...
     """
-    labels = _read_listing(dataset_dir).get("labels", {})
+    labels = read_listing(dataset_dir).get("labels", {})
     if sorted(labels, key=int) != [str(i) for i in range(len(labels))] or len(labels) < 2:
         raise InputError(f"{dataset_dir}/dataset.json: labels must be numbered 0 (background), 1, 2, ..., got {labels}")
     return [str(labels[str(i)]) for i in range(1, len(labels))]
@@ -64,7 +64,7 @@ def msd_cases(
         InputError: for a missing or broken listing, an unknown split or fold, or more folds than patients.
     """
     root = Path(dataset_dir).resolve()
-    listing = _read_listing(dataset_dir)
+    listing = read_listing(dataset_dir)
     if split == "test":
         return [{"image": str(root / (e["image"] if isinstance(e, Mapping) else e))} for e in listing.get("test", [])]
     entries = listing.get("training", [])
@@ -75,6 +75,8 @@ def msd_cases(
         raise InputError(f"{root}/dataset.json: every training case needs an image and a label, got {broken[0]}")
     if split not in ("train", "val", "all"):
         raise InputError(f"split must be one of ('train', 'val', 'all', 'test'), got {split!r}")
+    if split == "all":
+        return [{k: str(root / e[k]) for k in ("image", "label")} for e in entries]
     patients = sorted({str(e.get("patient", e["label"])) for e in entries})
     if not 0 <= fold < num_folds or not 2 <= num_folds <= len(patients):
         raise InputError(
@@ -83,10 +85,11 @@ def msd_cases(
     random.Random(seed).shuffle(patients)
     held_back = set(patients[fold::num_folds])
 
-    def wanted(entry: Mapping[str, Any]) -> bool:
-        return split == "all" or (str(entry.get("patient", entry["label"])) in held_back) == (split == "val")
-
-    return [{k: str(root / e[k]) for k in ("image", "label")} for e in entries if wanted(e)]
+    return [
+        {k: str(root / e[k]) for k in ("image", "label")}
+        for e in entries
+        if (str(e.get("patient", e["label"])) in held_back) == (split == "val")
+    ]
 
 
 def _load(path: str) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:

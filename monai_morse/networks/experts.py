@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from monai_morse.errors import InputError
 
+from .points import sample_linear
+
 __all__ = ["ExpertDropout", "Mixture", "PointwiseMLP", "resize"]
 
 
@@ -136,24 +138,36 @@ class Mixture(nn.Module):
 
     def forward(self, features: List[Tensor], size: List[int]) -> Tensor:
         """Decoder features (B, C_i, *S_i), coarse to fine, and the input's ``size`` *S -> x_out (B, width, *S)."""
+        experts = self.expert_outputs(features)
+        weights = resize(self.gate_logits(experts, size), size).softmax(dim=1)
+        mixed = weights[:, :1] * resize(experts[0], size)
+        for i in range(1, len(experts)):
+            mixed = mixed + weights[:, i : i + 1] * resize(experts[i], size)
+        return self.fuse(mixed)
+
+    def at_points(self, features: List[Tensor], coordinates: Tensor, size: List[int]) -> Tensor:
+        """``forward`` at the voxel centres ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without any map of size *S."""
+        experts = self.expert_outputs(features)
+        weights = sample_linear(self.gate_logits(experts, size), coordinates).softmax(dim=1)
+        mixed = weights[:, :1] * sample_linear(experts[0], coordinates)
+        for i in range(1, len(experts)):
+            mixed = mixed + weights[:, i : i + 1] * sample_linear(experts[i], coordinates)
+        return self.fuse(mixed)
+
+    def expert_outputs(self, features: List[Tensor]) -> List[Tensor]:
+        """E_i = MLP_i(D_i) at D_i's own resolution, (B, width, *S_i), after expert dropout."""
         batch = features[0].shape[0]
         keep = self.dropout(batch).to(features[0].dtype)
         experts: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
             expert = mlp(features[i])
             experts.append(expert * keep[:, i].reshape([batch] + [1] * (expert.ndim - 1)))
-        if self.gate is None:
-            return self.fuse(resize(experts[0], size))
-        weights = self.gate_weights(experts, size)
-        mixed = weights[:, :1] * resize(experts[0], size)
-        for i in range(1, len(experts)):
-            mixed = mixed + weights[:, i : i + 1] * resize(experts[i], size)
-        return self.fuse(mixed)
+        return experts
 
-    def gate_weights(self, experts: List[Tensor], size: List[int]) -> Tensor:
-        """Equation 1: expert outputs (B, width, *S_i) -> W (B, N, *S), non-negative, summing to 1 over the experts."""
+    def gate_logits(self, experts: List[Tensor], size: List[int]) -> Tensor:
+        """Logits of equation 1 at 1 / gate_stride of ``size``: W is their softmax over the experts, after upsampling."""
         gate_size = [-(-s // self.gate_stride) for s in size]
         joined = torch.cat([resize(e, gate_size) for e in experts], dim=1)
         if self.gate is None:
-            return torch.ones_like(joined[:, :1])
-        return resize(self.gate(joined), size).softmax(dim=1)
+            return torch.zeros_like(joined[:, :1])
+        return self.gate(joined)

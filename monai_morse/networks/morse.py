@@ -146,12 +146,21 @@ class Morse(nn.Module):
         index = P.select_uncertain_points(P.uncertainty(coarse), self.num_eval)
         return P.write_points(coarse, index, self._render(coarse, features, index))
 
+    @torch.jit.unused
+    def rendered_voxels(self, x: Tensor) -> Tensor:
+        """Which voxels ``forward(x)`` re-renders, to look at: (B, C, *S) -> (B, 1, *S), 1 where it does, 0 elsewhere."""
+        coarse = self._coarse(x)[0]
+        mask = torch.zeros_like(coarse[:, :1])
+        if self.renderer is None:
+            return mask
+        index = P.select_uncertain_points(P.uncertainty(coarse), self.num_eval)
+        return P.write_points(mask, index, torch.ones_like(index[:, None], dtype=mask.dtype))
+
     def _coarse(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
-        """Coarse logits (B, K, *S), and x_out (or, without experts, the decoder features) to render from."""
+        """Coarse logits (B, K, *S), and the maps to render from: x_out alone where it exists, else the decoder features."""
         logits, features = self.decoder(x)
-        if self.mixture is not None:
+        if self.mixture is not None and self.classifier is not None:
             features = [self.mixture(features, list(x.shape[2:]))]
-        if self.classifier is not None:
             logits = self.classifier(features[0])
         return logits, features
 
@@ -162,13 +171,11 @@ class Morse(nn.Module):
             return logits
         size = list(coarse.shape[2:])
         coordinates = P.point_coordinates(index, size)
-        sampled: List[Tensor] = []
-        for feature in features:
-            if list(feature.shape[2:]) == size:
-                sampled.append(P.gather_points(feature, index))
-            else:
-                sampled.append(P.sample_linear(feature, coordinates))
-        return self.renderer(torch.cat(sampled, dim=1), coordinates, logits)
+        if self.mixture is not None and self.classifier is None:
+            sampled = self.mixture.at_points(features, coordinates, size)
+        else:
+            sampled = torch.cat([P.sample_linear(feature, coordinates) for feature in features], dim=1)
+        return self.renderer(sampled, coordinates, logits)
 
     @torch.jit.unused
     def _training_points(self, x: Tensor) -> MorseOutput:

@@ -1,0 +1,168 @@
+"""``make demo``: MORSE next to its bare backbone, by ``monai.bundle run`` alone, ending in a table and a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import SlidingWindowInferer
+
+from monai_morse.data import msd_cases, msd_class_names, write_phantom
+from monai_morse.data.cases import read_listing
+from monai_morse.errors import InputError
+from monai_morse.handlers import CaseReport
+from monai_morse.pictures import boundary_picture
+
+__all__ = ["run_demo"]
+
+BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "hippocampus_mri_morse"
+SYSTEMS = {
+    "baseline": {"experts": "none", "renderer": "none"},
+    "MORSE": {"experts": "stochastic", "renderer": "anatomical"},
+}
+PATIENTS = 10
+VOXELS = 250_000  # of a resampled volume, so that two cores need seconds for it
+ITERATIONS = 240
+BATCH_SIZE = 2
+
+
+def plan(cases: Sequence[dict[str, str]]) -> tuple[list[float], list[int]]:
+    """Spacing (mm) and patch size (voxels) for a data set, from the headers of its images.
+
+    The finest axes are coarsened until the median volume has at most ``VOXELS`` voxels; the patch covers it up to 56 x 56 x 40.
+    """
+    headers = [nib.load(c["image"]).header for c in cases]
+    spacing = np.median([h.get_zooms()[:3] for h in headers], axis=0).astype(float)
+    extent = np.median([np.multiply(h.get_zooms()[:3], h.get_data_shape()[:3]) for h in headers], axis=0)
+    while np.prod(extent / spacing) > VOXELS:
+        spacing[spacing.argmin()] *= 1.1
+    patch = [min(cap, 8 * math.ceil(n / 8)) for n, cap in zip(extent / spacing, (56, 56, 40))]
+    return [round(float(s), 3) for s in spacing], patch
+
+
+def _bundle_run(config: str, options: dict) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", config]
+    command += ["--logging_file", str(BUNDLE / "configs" / "logging.conf"), "--bundle_root", str(BUNDLE)]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    print("\n$ " + " ".join(command[2:]), flush=True)
+    if subprocess.run(command).returncode:
+        raise InputError("the run above failed; its message says why")
+
+
+def read_report(path: Path) -> dict[str, dict[str, float]]:
+    """Class -> figure -> mean over the cases where it exists, from a ``metrics.csv``; with a row "mean" over the classes."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figures = (*CaseReport.FIGURES, "seconds")
+    table: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(r["class"] for r in rows):
+        values = {f: [float(r[f]) for r in rows if r["class"] == name and r[f]] for f in figures}
+        table[name] = {f: float(np.mean(v)) if v else math.nan for f, v in values.items()}
+    table["mean"] = {f: float(np.nanmean([c[f] for c in table.values()])) for f in figures}
+    return table
+
+
+def format_table(reports: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: a row a system and class, figures as means over cases."""
+    lines = ["| system | class | Dice | Jaccard | 95HD (mm) | ASD (mm) | seconds / scan |", "| --- " * 7 + "|"]
+    for system, report in reports.items():
+        for name, f in report.items():
+            lines.append(
+                f"| {system} | {name} | {f['dice']:.4f} | {f['jaccard']:.4f} | {f['hd95_mm']:.2f} | {f['asd_mm']:.2f} "
+                f"| {f['seconds']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _picture(out: Path, configs: list[str], options: dict, case: dict[str, str]) -> Path:
+    """Draw the first held-back case: no choice of a case that looks well."""
+    parser = ConfigParser()
+    parser.read_config(configs)
+    parser.update({**options, "bundle_root": str(BUNDLE)})
+    network = parser.get_parsed_content("network").eval()
+    network.load_state_dict(torch.load(f"{options['ckpt_dir']}/model.pt", map_location="cpu", weights_only=True))
+    preprocessing = parser.get_parsed_content("validate#preprocessing")
+    item = preprocessing(case)
+    window = SlidingWindowInferer(roi_size=options["patch_size"], overlap=0.5)
+    device = parser.get_parsed_content("device")
+    with torch.no_grad():
+        rendered = window(item["image"][None].to(device), network.rendered_voxels)[0].cpu()
+    item["pred"] = (rendered > 0).float()
+    invert = next(t for t in parser.get_parsed_content("validate#postprocessing").transforms if type(t).__name__ == "Invertd")
+    invert.nearest_interp = [True]
+    points = np.asarray(invert(item)["pred"][0]) > 0.5
+    name = Path(case["image"]).name
+    predictions = {s: nib.load(out / "runs" / s / "predictions" / name).get_fdata() for s in SYSTEMS}
+    image = nib.load(case["image"]).get_fdata()
+    return boundary_picture(
+        out / "demo.png",
+        image if image.ndim == 3 else image[..., 0],
+        np.asarray(nib.load(case["label"]).dataobj),
+        predictions,
+        points,
+        title=name.split(".")[0],
+    )
+
+
+def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> None:
+    """Train, infer and evaluate both systems on the phantom, or on ``data`` in the MSD layout; print table and picture.
+
+    Args:
+        out: folder for data, runs, ``table.md`` and ``demo.png``.
+        data: folder with ``dataset.json``; default: the phantom.
+        epochs: of each training; default: as many as make about 240 iterations.
+
+    Raises:
+        InputError: when the bundle or the data cannot be found, or a run fails.
+    """
+    if not BUNDLE.is_dir():
+        raise InputError(f"no bundle at {BUNDLE}; run the demo from a clone of the repository")
+    started = time.time()
+    out = out.resolve()
+    if data is None:
+        data = out / "phantom"
+        if not (data / "dataset.json").is_file():
+            write_phantom(data, PATIENTS)
+    data = data.resolve()
+    train, held_back = (msd_cases(data, split) for split in ("train", "val"))
+    spacing, patch = plan(train + held_back)
+    batches = max(1, len(train) // BATCH_SIZE)
+    epochs = epochs or max(2, round(ITERATIONS / batches))
+    shared = {
+        "dataset_dir": str(data),
+        "class_names": msd_class_names(data),
+        "in_channels": len(read_listing(data).get("modality", {"0": ""})),
+        "spacing": spacing,
+        "patch_size": patch,
+        "flip_prob": 0.0,
+        "max_epochs": epochs,
+        "val_interval": max(1, epochs // 3),
+        "batch_size": BATCH_SIZE,
+        "learning_rate": 0.002,
+    }
+    reports, minutes = {}, {}
+    configs = [str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "evaluate")]
+    for system, words in SYSTEMS.items():
+        run = out / "runs" / system
+        options = {**shared, **words, "ckpt_dir": str(run), "output_dir": str(run)}
+        before = time.time()
+        _bundle_run(configs[0], options)
+        minutes[system] = (time.time() - before) / 60
+        _bundle_run(str(configs), {**options, "check_data": False})
+        reports[system] = read_report(run / "metrics.csv")
+    table = format_table(reports)
+    table += "\n\n" + ", ".join(f"{s} trained {epochs} epochs in {m:.1f} minutes" for s, m in minutes.items())
+    table += f"; means over {len(held_back)} scans of patients not trained on"
+    (out / "table.md").write_text(table + "\n")
+    picture = _picture(out, configs, options, held_back[0])
+    print(f"\n{table}\n\npicture: {picture}\ntable:   {out / 'table.md'}\ntotal:   {(time.time() - started) / 60:.1f} minutes")

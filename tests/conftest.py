@@ -1,0 +1,76 @@
+"""Small data and networks that several tests share."""
+
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.networks.nets import BasicUNet, DynUNet, UNet
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = Path(os.environ.get("MORSE_DATA", ROOT.parent / "shared" / "data"))
+
+
+def unet(dims, classes=3):
+    return UNet(dims, 1, classes, (4, 8, 16, 32), (2, 2, 2), num_res_units=1)
+
+
+def basic_unet(dims, classes=3):
+    return BasicUNet(dims, 1, classes, features=(4, 4, 8, 16, 32, 4))
+
+
+def dyn_unet(dims, classes=3):
+    return DynUNet(dims, 1, classes, [3] * 4, [1, 2, 2, 2], [2] * 3, filters=[4, 8, 16, 32])
+
+
+BACKBONES = {"UNet": unet, "BasicUNet": basic_unet, "DynUNet": dyn_unet}
+SMALL = {
+    "mixture": {"width": 8, "gate_stride": 2},
+    "head": {"width": 8, "num_frequencies": 4, "residual": False},
+    "points": {"num_train": 64, "num_eval": 100},
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def task04():
+    """The real MSD Task04 cases, where they are."""
+    path = SHARED_DATA / "Task04_Hippocampus"
+    if not (path / "dataset.json").is_file():
+        pytest.skip(f"real data needed: no MSD Task04 at {path} (set MORSE_DATA to the folder that holds it)")
+    return path
+
+
+def write_msd(folder, cases=6, shape=(20, 24, 18), classes=("anterior", "posterior"), affine=None):
+    """A tiny data set in the MSD layout: bright boxes on noise."""
+    rng = np.random.default_rng(0)
+    affine = np.diag([1.0, 1.0, 1.0, 1.0]) if affine is None else affine
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    training = []
+    for i in range(cases):
+        label = np.zeros(shape, np.uint8)
+        start = rng.integers(3, 6, 3)
+        for k in range(len(classes)):
+            low = start + [0, 6 * k, 0]
+            label[low[0] : low[0] + 9, low[1] : low[1] + 6, low[2] : low[2] + 8] = k + 1
+        image = (rng.normal(0, 0.2, shape) + label) * 100
+        nib.save(nib.Nifti1Image(image.astype(np.float32), affine), folder / f"imagesTr/case_{i}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), folder / f"labelsTr/case_{i}.nii.gz")
+        training.append({"image": f"./imagesTr/case_{i}.nii.gz", "label": f"./labelsTr/case_{i}.nii.gz"})
+    labels = {str(i): n for i, n in enumerate(("background", *classes))}
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels, "modality": {"0": "MRI"}, "training": training}))
+    return folder
+
+
+@pytest.fixture
+def msd(tmp_path):
+    return write_msd(tmp_path / "data")

@@ -1,0 +1,90 @@
+"""Decoder features: found, named, checked."""
+
+import copy
+
+import pytest
+import torch
+from conftest import BACKBONES
+
+from monai_morse import InputError
+from monai_morse.networks import DecoderFeatures
+from monai_morse.networks.decoders import decoder_names
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_are_the_submodules_outputs_and_logits_the_backbones(name, dims):
+    backbone = BACKBONES[name](dims)
+    names = decoder_names(backbone)
+    reference = copy.deepcopy(backbone).eval()
+    seen = {}
+    for n in names:
+        reference.get_submodule(n).register_forward_hook(lambda m, i, o, n=n: seen.__setitem__(n, o))
+    features = DecoderFeatures(backbone).eval()
+    x = torch.rand(2, 1, *(32, 48, 16)[:dims])
+    with torch.no_grad():
+        expected = reference(x)
+        logits, maps = features(x)
+    assert torch.equal(logits, expected)
+    for info, n, m in zip(features.info, names, maps):
+        assert torch.equal(m, seen[n])
+        assert (info.name, info.channels) == (n, m.shape[1])
+        assert [round(a / r) for a, r in zip(x.shape[2:], info.reduction)] == list(m.shape[2:])
+    sizes = [m.shape[2] for m in maps]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_state_dict_is_the_backbones_under_one_prefix(name):
+    backbone = BACKBONES[name](2)
+    expected = backbone.state_dict()
+    got = DecoderFeatures(backbone).state_dict()
+    assert {k.removeprefix("backbone.") for k in got} == set(expected)
+
+
+def test_backbone_keeps_its_training_mode():
+    backbone = BACKBONES["BasicUNet"](2).train()
+    assert DecoderFeatures(backbone).backbone.training
+
+
+def test_wrong_name_says_which_exist():
+    with pytest.raises(InputError, match="no submodule 'upcat_9'.*upcat_1"):
+        DecoderFeatures(BACKBONES["BasicUNet"](2), ["upcat_9"])
+
+
+def test_unused_submodule_is_an_error():
+    backbone = BACKBONES["BasicUNet"](2)
+    backbone.spare = torch.nn.Conv2d(1, 1, 1)
+    with pytest.raises(InputError, match="spare.*not called"):
+        DecoderFeatures(backbone, ["spare"])
+
+
+def test_unknown_backbone_asks_for_names_and_takes_them():
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = torch.nn.Conv2d(2, 6, 3, stride=2, padding=1)
+            self.up = torch.nn.ConvTranspose2d(6, 4, 2, stride=2)
+            self.head = torch.nn.Conv2d(4, 3, 1)
+
+        def forward(self, x):
+            return self.head(self.up(self.down(x)))
+
+    with pytest.raises(InputError, match="Tiny are not known.*decoder="):
+        DecoderFeatures(Tiny())
+    features = DecoderFeatures(Tiny(), ["down", "up"])
+    assert [(f.channels, f.reduction) for f in features.info] == [(6, (2.0, 2.0)), (4, (1.0, 1.0))]
+    assert features.num_classes == 3
+
+
+def test_untraceable_forward_is_an_error():
+    class Branching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+    with pytest.raises(InputError, match="Branching cannot be traced"):
+        DecoderFeatures(Branching(), ["conv"])

@@ -1,0 +1,92 @@
+"""L_total and lambda_t against slow references."""
+
+import math
+
+import pytest
+import torch
+
+from monai_morse import InputError, MorseLoss
+from monai_morse.losses import render_weight
+from monai_morse.networks import MorseOutput
+
+
+def slow_supervised(logits, target):
+    """0.5 cross-entropy + 0.5 Dice loss (1 - mean soft Dice over samples and classes), in loops."""
+    batch, classes = logits.shape[:2]
+    p = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+    flat, labels = p.reshape(batch, classes, -1), target.reshape(batch, -1)
+    ce, dice = 0.0, 0.0
+    for b in range(batch):
+        for v in range(labels.shape[1]):
+            ce -= math.log(flat[b, int(labels[b, v]), v].item()) / labels.numel()
+        for c in range(classes):
+            truth = (labels[b] == c).double()
+            overlap = (flat[b, c] * truth).sum().item()
+            total = flat[b, c].sum().item() + truth.sum().item()
+            dice += (1 - (2 * overlap + 1e-5) / (total + 1e-5)) / (batch * classes)
+    return 0.5 * ce + 0.5 * dice
+
+
+@pytest.mark.parametrize("batch, classes, size", [(1, 2, (3, 5)), (3, 3, (2, 3, 4)), (1, 9, (3, 4))])
+def test_total_loss_equals_its_definition(batch, classes, size):
+    logits = torch.randn(batch, classes, *size)
+    target = torch.randint(0, classes, (batch, 1, *size)).float()
+    index = torch.stack([torch.randperm(math.prod(size))[:4] for _ in range(batch)])
+    points = torch.randn(batch, classes, 4)
+    rendered = 0.0
+    for b in range(batch):
+        for k in range(4):
+            label = int(target[b].flatten()[index[b, k]])
+            rendered -= math.log((torch.exp(points[b, label, k]) / torch.exp(points[b, :, k]).sum()).item()) / (4 * batch)
+    expected = slow_supervised(logits, target)
+    assert MorseLoss()(logits, target).item() == pytest.approx(expected, abs=1e-5)
+    total = MorseLoss(weight=0.3)(MorseOutput(logits, points, index), target)
+    assert total.item() == pytest.approx(expected + 0.3 * rendered, abs=1e-5)
+
+
+def test_one_class_channel_is_a_sigmoid():
+    logits, target = torch.randn(2, 1, 4, 5), torch.randint(0, 2, (2, 1, 4, 5)).float()
+    index = torch.randint(0, 20, (2, 6))
+    points = torch.randn(2, 1, 6)
+    supervised, total = MorseLoss()(logits, target), MorseLoss(1.0)(MorseOutput(logits, points, index), target)
+    p = torch.sigmoid(points[:, 0])
+    y = target.flatten(2)[:, 0].gather(1, index)
+    assert (total - supervised).item() == pytest.approx(-(y * p.log() + (1 - y) * (1 - p).log()).mean().item(), abs=1e-5)
+
+
+def test_gradient_by_finite_differences():
+    logits = torch.randn(1, 3, 2, 3, requires_grad=True)
+    points = torch.randn(1, 3, 2, requires_grad=True)
+    target, index = torch.randint(0, 3, (1, 1, 2, 3)), torch.tensor([[1, 4]])
+    loss = MorseLoss(weight=0.5)
+
+    def total():
+        return loss(MorseOutput(logits, points, index), target)
+
+    total().backward()
+    for x in (logits, points):
+        for i in range(x.numel()):
+            with torch.no_grad():
+                flat = x.view(-1)
+                flat[i] += 1e-2
+                up = total().item()
+                flat[i] -= 2e-2
+                down = total().item()
+                flat[i] += 1e-2
+            assert x.grad.view(-1)[i].item() == pytest.approx((up - down) / 2e-2, abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "schedule, t, expected",
+    [
+        ("ramp", 0, 0.0), ("ramp", 500, 0.0), ("ramp", 501, 0.1 * 1 / 1000), ("ramp", 750, 0.025), ("ramp", 1000, 0.05),
+        ("half", 500, 0.0), ("half", 501, 0.1), ("half", 1000, 0.1), ("scratch", 0, 0.1), ("scratch", 1000, 0.1),
+    ],
+)  # fmt: skip
+def test_schedule(schedule, t, expected):
+    assert render_weight(t, 1000, schedule) == pytest.approx(expected)
+
+
+def test_unknown_schedule_is_an_error():
+    with pytest.raises(InputError, match="'ramp', 'half', 'scratch'.*'linear'"):
+        render_weight(0, 1, "linear")

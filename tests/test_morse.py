@@ -1,0 +1,198 @@
+"""Morse: every cell on every backbone, 2D and 3D, exact at the points, and wherever PyTorch takes a network."""
+
+import copy
+import io
+import itertools
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import BACKBONES, SMALL
+from monai.data import MetaTensor
+
+from monai_morse import InputError, Morse
+from monai_morse.networks import points as P
+
+CELLS = list(itertools.product(("none", "dense", "stochastic"), ("none", "anatomical")))
+GRID = [(b, d, *cell) for b in BACKBONES for d in (2, 3) for cell in CELLS]
+
+
+def window(dims, batch=2, grow=0):
+    return torch.rand(batch, 1, *[n + grow for n in (32, 48, 16)[:dims]])
+
+
+def morse(backbone="BasicUNet", dims=2, classes=3, **options):
+    return Morse(BACKBONES[backbone](dims, classes), **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("backbone, dims, experts, renderer", GRID)
+def test_shapes_in_train_and_eval_and_gradients(backbone, dims, experts, renderer):
+    net = morse(backbone, dims, experts=experts, renderer=renderer)
+    x = window(dims)
+    for mode in (True, False):
+        out = net.train(mode)(x)
+        assert type(out) is torch.Tensor and out.shape == (2, 3, *x.shape[2:]) and out.isfinite().all()
+    out = net.train()(x, return_points=True)
+    rendered = 0 if renderer == "none" else 64
+    assert out.coarse.shape == (2, 3, *x.shape[2:])
+    assert out.point_logits.shape == (2, 3, rendered) and out.point_index.shape == (2, rendered)
+    (out.coarse.sum() + out.point_logits.sum()).backward()
+    if experts != "stochastic":  # a dropped expert has no gradient
+        own = [n for n, p in net.named_parameters() if not n.startswith("decoder.") and p.grad is None]
+        assert own == []
+
+
+@pytest.mark.parametrize("backbone, dims", itertools.product(BACKBONES, (2, 3)))
+def test_none_none_is_the_backbone_bit_for_bit(backbone, dims):
+    bare = BACKBONES[backbone](dims)
+    net = Morse(copy.deepcopy(bare), "none", "none")
+    x = window(dims)
+    assert torch.equal(net.eval()(x), bare.eval()(x))
+    assert len(list(net.parameters())) == len(list(bare.parameters()))
+
+
+@pytest.mark.parametrize("backbone, dims, experts, renderer", GRID)
+def test_script_trace_copy_and_pickle_keep_the_output(backbone, dims, experts, renderer):
+    net = morse(backbone, dims, experts=experts, renderer=renderer).eval()
+    x, other = window(dims), window(dims, batch=1, grow=16)
+    with torch.no_grad():
+        expected, expected_other = net(x), net(other)
+        for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert torch.equal(twin(x), expected)
+            assert list(twin.state_dict()) == list(net.state_dict())
+        scripted = torch.jit.script(net)
+        stored = io.BytesIO()
+        torch.jit.save(scripted, stored)
+        stored.seek(0)
+        assert torch.allclose(torch.jit.load(stored)(other), expected_other, atol=1e-5)
+        assert torch.allclose(torch.jit.trace(net, x)(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone, dims", itertools.product(BACKBONES, (2, 3)))
+def test_export_keeps_the_output(backbone, dims):
+    net = morse(backbone, dims).eval()
+    x = window(dims)
+    with torch.no_grad():
+        assert torch.allclose(torch.export.export(net, (x,)).module()(x), net(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("experts, coarse", [("none", "backbone"), ("dense", "experts"), ("dense", "backbone")])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_inference_changes_the_most_uncertain_voxels_and_no_other(dims, experts, coarse):
+    net = morse("DynUNet", dims, experts=experts, coarse=coarse, points={"num_eval": 37}).eval()
+    x = window(dims)
+    with torch.no_grad():
+        coarse_logits, _ = net._coarse(x)
+        out = net(x)
+        mask = net.rendered_voxels(x)
+    if coarse == "backbone":
+        assert torch.equal(coarse_logits, net.decoder.backbone(x))
+    top = coarse_logits.sort(1).values
+    score = (top[:, -2] - top[:, -1]).flatten(1)
+    changed = (out != coarse_logits).any(1).flatten(1)
+    assert changed.sum() >= 70  # a rendered logit may happen to equal the coarse one
+    for b in range(2):
+        expected = set(sorted(range(score.shape[1]), key=lambda i: -score[b, i].item())[:37])
+        assert set(changed[b].nonzero().flatten().tolist()) <= expected
+        assert set(mask[b].flatten().nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_without_experts_a_point_reads_every_decoder_feature_there(dims):
+    net = morse("DynUNet", dims, experts="none").eval()
+    x = window(dims, batch=1)
+    size = list(x.shape[2:])
+    with torch.no_grad():
+        coarse, features = net._coarse(x)
+        index = torch.arange(math.prod(size))[None]
+        mode = "bilinear" if dims == 2 else "trilinear"
+        up = [torch.nn.functional.interpolate(f, size, mode=mode, align_corners=False).flatten(2) for f in features]
+        expected = net.renderer(torch.cat(up, 1), P.point_coordinates(index, size), coarse.flatten(2))
+        assert torch.allclose(net._render(coarse, features, index), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_any_number_of_experts_takes_the_finest_features(n):
+    net = morse(num_experts=n)
+    assert [f.name for f in net.decoder.info] == ["down_4", "upcat_4", "upcat_3", "upcat_2", "upcat_1"][5 - n :]
+    assert net(window(2)).shape == (2, 3, 32, 48)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 9])
+def test_number_of_classes(classes):
+    assert morse(classes=classes).eval()(window(2)).shape == (2, classes, 32, 48)
+
+
+def test_window_with_fewer_voxels_than_points():
+    net = morse(points={"num_train": 10**6, "num_eval": 10**6})
+    out = net(window(2), return_points=True)
+    assert out.point_index.shape == (2, 32 * 48)
+    assert net.eval()(window(2)).shape == (2, 3, 32, 48)
+
+
+def test_autocast_stays_close():
+    net = morse(dims=3, experts="dense").eval()
+    x = window(3)
+    with torch.no_grad():
+        expected = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(x)
+            points = net.train()(x, return_points=True)
+    assert (out.float() - expected).abs().mean() < 0.05 * expected.abs().mean() + 0.01
+    assert points.point_logits.isfinite().all()
+
+
+def test_training_mode_is_a_sample_of_the_experts_and_eval_is_not():
+    net = morse(num_experts=3, dropout=0.5, renderer="none")
+    x = window(2, batch=1)
+    with torch.no_grad():
+        assert len({net(x).sum().item() for _ in range(12)}) > 1
+        assert len({net.eval()(x).sum().item() for _ in range(3)}) == 1
+
+
+def test_meta_tensor_in_meta_tensor_out():
+    x = MetaTensor(window(2), meta={"filename_or_obj": "scan.nii.gz"})
+    out = morse().eval()(x)
+    assert isinstance(out, MetaTensor) and out.meta["filename_or_obj"] == "scan.nii.gz"
+
+
+def test_threads_share_one_network():
+    net = morse(dims=3).eval()
+    windows = [window(3, batch=1) for _ in range(8)]
+    with torch.no_grad():
+        expected = [net(x) for x in windows]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda x: net(x).detach(), windows * 3))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected * 3))
+
+
+def test_same_seed_same_points():
+    net, x = morse(), window(2)
+    first, second = [], []
+    for found in (first, second):
+        torch.manual_seed(3)
+        out = net(x, return_points=True)
+        found += [out.point_index, out.point_logits]
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"experts": "sparse"}, "experts must be one of .*'stochastic'.*'sparse'"),
+        ({"renderer": "nerf"}, "renderer must be one of .*'nerf'"),
+        ({"coarse": "fine"}, "coarse must be one of .*'fine'"),
+        ({"num_experts": 9}, "num_experts must be 1 to 5.*got 9"),
+        ({"num_experts": 0}, "num_experts must be 1 to 5"),
+        ({"dropout": 1.0}, "dropout .alpha. must be in"),
+        ({"mixture": {"widht": 8}}, "mixture: .*widht"),
+        ({"head": {"depth": 8}}, "head: .*depth"),
+        ({"points": {"n": 8}}, "points: .*'n'"),
+        ({"renderer": "none", "coarse": "backbone"}, "experts without a renderer"),
+    ],
+)
+def test_bad_options_are_errors(options, message):
+    with pytest.raises(InputError, match=message):
+        morse(**options)

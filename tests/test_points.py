@@ -1,0 +1,123 @@
+"""Point geometry against loops over voxels."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from monai_morse import InputError
+from monai_morse.networks import points as P
+
+SIZES = [[5, 7], [4, 5, 7]]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 9])
+def test_uncertainty_is_second_largest_minus_largest(classes):
+    logits = torch.randn(3, classes, 4, 5, 7, dtype=torch.float64)
+    got = P.uncertainty(logits)
+    for b in range(3):
+        for i, v in enumerate(logits[b].reshape(classes, -1).T.tolist()):
+            ordered = sorted(v)
+            assert got[b, i].item() == pytest.approx(ordered[-2] - ordered[-1], abs=1e-12)
+
+
+def test_uncertainty_of_one_channel_is_that_of_the_class_against_a_zero_logit():
+    logits = torch.randn(2, 1, 4, 5)
+    assert torch.allclose(P.uncertainty(logits), P.uncertainty(torch.cat([torch.zeros_like(logits), logits], 1)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_coordinates_are_voxel_centres_in_axis_order(size):
+    index = torch.arange(math.prod(size)).reshape(1, -1)
+    got = P.point_coordinates(index, size)[0]
+    for i, place in enumerate(torch.cartesian_prod(*[torch.arange(n) for n in size]).tolist()):
+        expected = [2 * (x + 0.5) / n - 1 for x, n in zip(place, size)]
+        assert got[i].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sampling_at_voxel_centres_is_indexing(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    index = torch.stack([torch.randperm(math.prod(size))[:11] for _ in range(2)])
+    assert torch.allclose(P.sample_linear(x, P.point_coordinates(index, size)), P.gather_points(x, index), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sampling_equals_grid_sample_which_wants_reversed_axes(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    coordinates = torch.rand(2, 50, len(size), dtype=torch.float64) * 2.2 - 1.1  # some beyond the edge
+    grid = coordinates.flip(-1).reshape(2, 50, *[1] * (len(size) - 1), len(size))
+    expected = F.grid_sample(x, grid, align_corners=False, padding_mode="border").flatten(2)
+    assert torch.allclose(P.sample_linear(x, coordinates), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sampling_a_coarse_map_equals_upsampling_it(size):
+    fine = [2 * n + 1 for n in size]
+    x = torch.randn(1, 2, *size, dtype=torch.float64)
+    up = F.interpolate(x, fine, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
+    index = torch.arange(math.prod(fine)).reshape(1, -1)
+    assert torch.allclose(P.sample_linear(x, P.point_coordinates(index, fine)), up.flatten(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_writing_back_is_the_inverse_of_gathering(size):
+    x = torch.randn(2, 3, *size)
+    index = torch.stack([torch.randperm(math.prod(size))[:9] for _ in range(2)])
+    assert torch.equal(P.write_points(x, index, P.gather_points(x, index)), x)
+    values = torch.randn(2, 3, 9)
+    written = P.write_points(x, index, values)
+    assert torch.equal(P.gather_points(written, index), values)
+    assert int((written != x).any(1).sum()) == 18
+
+
+def test_inference_takes_exactly_the_most_uncertain_voxels():
+    score = -torch.rand(3, 200)
+    index = P.select_uncertain_points(score, 17)
+    for b in range(3):
+        assert set(index[b].tolist()) == set(sorted(range(200), key=lambda i: -score[b, i].item())[:17])
+    assert P.select_uncertain_points(score, 500).shape == (3, 200)
+
+
+def test_training_points_counts_and_uniqueness():
+    index = P.select_training_points(-torch.rand(4, 1000), 100, 3, 0.75)
+    assert index.shape == (4, 100)
+    assert all(len(set(row.tolist())) == 100 for row in index)
+    assert P.select_training_points(-torch.rand(2, 30), 100, 3, 0.75).sort(1).values.tolist() == [list(range(30))] * 2
+
+
+def test_uncertain_part_is_the_candidates_top_and_the_rest_is_uniform():
+    # every voxel a candidate: the uncertain part must be the top of all voxels, the rest uniform over the others
+    score = -torch.rand(1, 90).repeat(4000, 1)
+    index = P.select_training_points(score, 40, 3, 0.5)
+    top = set(score[0].topk(20).indices.tolist())
+    assert all(set(row[:20].tolist()) == top for row in index[:50])
+    counts = torch.bincount(index[:, 20:].flatten(), minlength=90)
+    assert counts[list(top)].sum() == 0
+    others = counts[[i for i in range(90) if i not in top]].double()
+    expected = 4000 * 20 / 70
+    # without replacement the counts of one draw are negatively correlated: the statistic is (70 - 20) / 69 of a chi-square's
+    statistic = ((others - expected) ** 2 / expected).sum().item() * 69 / 50
+    assert statistic < 116  # 99.97 % of a chi-square with 69 degrees of freedom
+
+
+def test_candidates_are_a_uniform_draw():
+    # one candidate a point, all "uncertain": the points are the candidates
+    index = P.select_training_points(torch.zeros(20000, 50), 5, 1, 1.0)
+    counts = torch.bincount(index.flatten(), minlength=50).double()
+    statistic = ((counts - 2000) ** 2 / 2000).sum().item() * 49 / 45
+    assert statistic < 88  # 99.9 % at 49 degrees of freedom is 85.4
+
+
+def test_oversampling_prefers_uncertain_voxels():
+    score = torch.linspace(-1, 0, 3000).repeat(50, 1)
+    mean = [P.select_training_points(score, 100, k, 1.0).double().mean().item() for k in (1, 3, 10)]
+    assert mean[0] == pytest.approx(1500, rel=0.05) and mean[0] < mean[1] < mean[2]
+    assert mean[1] == pytest.approx(3000 * (1 - 1 / 6), rel=0.05)  # the top third of a uniform draw
+
+
+@pytest.mark.parametrize("options", [{"num_train": 0}, {"oversample": 0.5}, {"importance_ratio": 1.5}])
+def test_bad_options_are_errors(options):
+    with pytest.raises(InputError, match="points"):
+        P.PointSelection(**options)
