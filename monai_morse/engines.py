@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from monai.engines import default_prepare_batch
 from monai.inferers import Inferer
-from torch import Tensor, nn
+from torch import Tensor
 
 from monai_morse.errors import flag
 
@@ -36,7 +36,7 @@ class AutocastInferer(Inferer):
         enabled: whether to use autocast at all; default True.
 
     >>> from monai.inferers import SimpleInferer
-    >>> AutocastInferer(SimpleInferer())(torch.rand(2, 3), nn.Linear(3, 4)).dtype
+    >>> AutocastInferer(SimpleInferer())(torch.rand(2, 3), torch.nn.Linear(3, 4)).dtype
     torch.float32
     """
 

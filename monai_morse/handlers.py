@@ -208,9 +208,7 @@ class TrainingState:
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["epoch"] >= engine.state.max_epochs:
-            raise InputError(
-                f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on"
-            )
+            raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         if self.evaluator is not None:
             self.evaluator.state.best_metric = state["best_metric"]
@@ -245,14 +243,16 @@ class BestModel:
         self.network = network
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED(once=1), self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def start(self, engine: Engine) -> None:
+        if engine.state.best_metric_epoch == -1:  # else this training was resumed, and the file is its own
+            _keep_previous(self.path)
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.best_metric_epoch != engine.state.epoch:
             return
-        if not getattr(engine.state, "best_model_saved", False) and engine.state.best_metric_epoch <= 1:
-            _keep_previous(self.path)
-        engine.state.best_model_saved = True
         _save(self.network.state_dict(), self.path)
         logger.info("new best %s %.4f: saved %s", engine.state.key_metric_name, engine.state.best_metric, self.path)
 

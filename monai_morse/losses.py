@@ -57,12 +57,10 @@ class MorseLoss(nn.Module):
         self.weight = weight
 
     def forward(self, output: Tensor | MorseOutput, target: Tensor) -> Tensor:
-        """Logits (B, K, *S), alone or in a :class:`MorseOutput`, and labels (B, 1, *S) -> scalar. K = 1 is one class (sigmoid)."""
+        """Logits (B, K, *S), alone or in a :class:`MorseOutput`, and labels (B, 1, *S) -> scalar; K = 1 is a sigmoid."""
         coarse = output.coarse if isinstance(output, MorseOutput) else output
         binary = coarse.shape[1] == 1
-        supervised = DiceCELoss(
-            softmax=not binary, sigmoid=binary, to_onehot_y=not binary, lambda_dice=0.5, lambda_ce=0.5
-        )
+        supervised = DiceCELoss(softmax=not binary, sigmoid=binary, to_onehot_y=not binary, lambda_dice=0.5, lambda_ce=0.5)
         loss: Tensor = supervised(coarse.float(), target.float() if binary else target)
         if not isinstance(output, MorseOutput) or output.point_index.shape[1] == 0:
             return loss

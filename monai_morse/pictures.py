@@ -10,6 +10,7 @@ import numpy as np
 
 __all__ = ["boundary_picture"]
 
+
 def boundary_picture(
     path: str | Path,
     image: np.ndarray,

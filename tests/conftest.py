@@ -37,7 +37,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,10 @@ def test_mlp_keeps_the_scale_of_its_input():
     assert 0.5 < y.pow(2).mean() < 2
 
 
-@pytest.mark.parametrize("options", [{"drop_prob": 1.0}, {"drop_prob": -0.1}, {"min_active": 3}, {"width": 0}, {"gate_stride": 0}])
+BAD = [{"drop_prob": 1.0}, {"drop_prob": -0.1}, {"min_active": 3}, {"width": 0}, {"gate_stride": 0}]
+
+
+@pytest.mark.parametrize("options", BAD)
 def test_bad_options_are_errors(options):
     with pytest.raises(InputError):
         Mixture([4, 4], 2, **options)

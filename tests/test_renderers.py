@@ -25,9 +25,7 @@ def test_encoding_equals_its_formula(dims):
     for b in range(3):
         for p in range(7):
             for k in range(5):
-                phase = 2 * math.pi * sum(
-                    encoding.frequencies[k, a].item() * coordinates[b, p, a].item() for a in range(dims)
-                )
+                phase = 2 * math.pi * sum(encoding.frequencies[k, a].item() * coordinates[b, p, a].item() for a in range(dims))
                 assert got[b, k, p].item() == pytest.approx(math.sin(phase), abs=1e-6)
                 assert got[b, 5 + k, p].item() == pytest.approx(math.cos(phase), abs=1e-6)
 

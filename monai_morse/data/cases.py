@@ -92,7 +92,7 @@ def msd_cases(
     ]
 
 
-def _load(path: str) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:
+def _load(path: str) -> tuple[Any, np.ndarray]:
     if not Path(path).is_file():
         raise InputError("the file does not exist")
     try:
@@ -121,7 +121,8 @@ def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1
         image, voxels = _load(path)
         expected = 3 if in_channels == 1 else 4
         if voxels.ndim != expected or (in_channels > 1 and voxels.shape[-1] != in_channels):
-            return f"{path}: expected a {expected}D image with {in_channels} channel(s), got shape {voxels.shape}; split or stack it"
+            wanted = f"a {expected}D image with {in_channels} channel(s)"
+            return f"{path}: expected {wanted}, got shape {voxels.shape}; split or stack its channels"
         if not np.isfinite(voxels).all():
             count = int(voxels.size - np.isfinite(voxels).sum())
             return f"{path}: {count} voxels are NaN or infinite; repair or remove the scan"

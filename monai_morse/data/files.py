@@ -24,7 +24,7 @@ def scans_in(path: str | Path) -> list[dict[str, str]]:
     files = [path] if path.is_file() else [f for d in folders if d.is_dir() for f in sorted(d.iterdir())]
     found = [{"image": str(f)} for f in files if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith(".")]
     if not found:
-        raise InputError(f"no NIfTI files (.nii, .nii.gz) at {path} or in {path / 'imagesTs'}; give a scan or a folder of scans")
+        raise InputError(f"no NIfTI files (.nii, .nii.gz) at {path} or in its imagesTs; give a scan or a folder of scans")
     return found
 
 

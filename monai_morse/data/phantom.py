@@ -166,7 +166,8 @@ class Patient:
         for center, r in self.lesions:
             paint("lesion", np.maximum(np.linalg.norm(p - center, axis=1) - r, liver))
 
-        paint("spleen", np.maximum(_ellipsoid(p, *self.spleen), -_ellipsoid(p, self.spleen[0] - [26, -8, 0], self.spleen[1] * 0.7)))
+        center, radii, _ = self.spleen
+        paint("spleen", np.maximum(_ellipsoid(p, *self.spleen), -_ellipsoid(p, center - [26, -8, 0], radii * 0.7)))
         for center, radii, tilt in self.kidneys:
             hilum = center - np.float32(np.sign(center[0]) * radii[0]) * np.array([1, 0, 0], np.float32)
             kidney = np.maximum(_ellipsoid(p, center, radii, tilt), -_ellipsoid(p, hilum, radii * [0.5, 0.5, 0.35]))

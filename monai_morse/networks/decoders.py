@@ -33,7 +33,8 @@ class FeatureInfo:
 
 def _unet_names(backbone: UNet) -> List[str]:
     names: List[str] = []
-    path, block = "model", backbone.model
+    path: str = "model"
+    block: Any = backbone.model
     while isinstance(block, nn.Sequential) and len(block) == 3 and hasattr(block[1], "submodule"):
         names.append(f"{path}.2")
         path, block = f"{path}.1.submodule", block[1].submodule

@@ -35,6 +35,7 @@ class PointwiseMLP(nn.Module):
         for i, width in enumerate(channels):
             activated = last_activation or i + 1 < len(channels)
             linear = nn.Conv1d(in_channels, width, kernel_size=1)
+            assert linear.bias is not None
             # torch's default shrinks the signal by a factor of about 2.4 per ReLU layer
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu" if activated else "linear")
             nn.init.zeros_(linear.bias)
@@ -68,6 +69,9 @@ class ExpertDropout(nn.Module):
         drop_prob: alpha in [0, 1).
         min_active: survivors at least; default 1.
     """
+
+    masks: Tensor
+    chance: Tensor
 
     def __init__(self, num_experts: int, drop_prob: float = 0.7, min_active: int = 1) -> None:
         super().__init__()
@@ -146,7 +150,7 @@ class Mixture(nn.Module):
         return self.fuse(mixed)
 
     def at_points(self, features: List[Tensor], coordinates: Tensor, size: List[int]) -> Tensor:
-        """``forward`` at the voxel centres ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without any map of size *S."""
+        """``forward`` at the voxel centres ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S."""
         experts = self.expert_outputs(features)
         weights = sample_linear(self.gate_logits(experts, size), coordinates).softmax(dim=1)
         mixed = weights[:, :1] * sample_linear(experts[0], coordinates)

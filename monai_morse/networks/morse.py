@@ -185,7 +185,5 @@ class Morse(nn.Module):
             return MorseOutput(coarse, coarse.flatten(2)[:, :, :0], none)
         with torch.no_grad():
             score = P.uncertainty(coarse)
-            index = P.select_training_points(
-                score, self.points.num_train, self.points.oversample, self.points.importance_ratio
-            )
+            index = P.select_training_points(score, self.points.num_train, self.points.oversample, self.points.importance_ratio)
         return MorseOutput(coarse, self._render(coarse, features, index), index)

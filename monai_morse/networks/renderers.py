@@ -74,7 +74,7 @@ class AnatomicalHead(nn.Module):
         self.encoding = FourierEncoding(spatial_dims, num_frequencies)
         self.mlp = PointwiseMLP(2 * num_frequencies + in_channels, [width, width, num_classes], last_activation=False)
         if residual:
-            nn.init.zeros_(self.mlp.layers[-1].weight)
+            nn.init.zeros_(list(self.mlp.layers[-1].parameters())[0])
 
     def forward(self, features: Tensor, coordinates: Tensor, coarse: Tensor) -> Tensor:
         """Features (B, C, P), coordinates (B, P, len(S)) and coarse logits (B, K, P) of the points -> logits (B, K, P)."""

@@ -1,0 +1,218 @@
+"""Handlers on small ignite engines."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.engines.utils import IterationEvents
+
+from monai_morse import InputError, MorseLoss
+from monai_morse.handlers import BestModel, CaseReport, ClassMetrics, EpochSeed, RenderSchedule, TrainingState, WeightsLoader
+from monai_morse.losses import render_weight
+
+
+def start_after(engine, epoch, length):
+    @engine.on(Events.STARTED)
+    def _(engine):
+        engine.state.epoch, engine.state.iteration = epoch, epoch * length
+
+
+def test_lambda_follows_the_trainers_iterations_across_a_resume():
+    seen, loss = [], MorseLoss()
+
+    def trainer():
+        engine = Engine(lambda engine, batch: seen.append(loss.weight))
+        RenderSchedule(loss, "ramp", 0.1).attach(engine)
+        return engine
+
+    first = trainer()
+    first.add_event_handler(Events.EPOCH_COMPLETED(once=3), lambda engine: engine.terminate())
+    first.run([0] * 5, max_epochs=6)
+    second = trainer()
+    start_after(second, epoch=3, length=5)
+    second.run([0] * 5, max_epochs=6)
+    assert seen == pytest.approx([render_weight(t, 30) for t in range(1, 31)])
+
+
+def test_epochs_draw_the_same_numbers_wherever_training_starts():
+    def draw(start):
+        drawn = {}
+
+        def step(engine, batch):
+            numbers = torch.rand(1).item(), np.random.rand()  # noqa: NPY002
+            drawn.setdefault(engine.state.epoch, []).append(numbers)
+
+        engine = Engine(step)
+        EpochSeed(seed=5).attach(engine)
+        start_after(engine, epoch=start, length=3)
+        engine.run([0] * 3, max_epochs=4)
+        return drawn
+
+    whole = draw(0)
+    assert draw(2) == {e: whole[e] for e in (3, 4)}
+    assert len({str(v) for v in whole.values()}) == 4
+
+
+class Evaluator(Engine):
+    """An evaluator with a best metric, as MONAI's."""
+
+    def __init__(self):
+        super().__init__(lambda engine, batch: None)
+        self.state.best_metric, self.state.best_metric_epoch = -1.0, -1
+        self.state.key_metric_name = "dice"
+
+
+def training(tmp_path, resume, epochs, evaluator=None):
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, 6)
+
+    def step(engine, batch):
+        optimizer.zero_grad()
+        net(torch.rand(4, 2)).pow(2).sum().backward()
+        optimizer.step()
+
+    engine = Engine(step)
+    engine.state.device = torch.device("cpu")
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: scheduler.step())
+    EpochSeed(0).attach(engine)
+    TrainingState(tmp_path / "last.pt", net, optimizer, scheduler, evaluator, resume).attach(engine)
+    engine.run([0] * 3, max_epochs=epochs)
+    return net
+
+
+def test_resumed_training_ends_with_the_same_weights(tmp_path):
+    whole = training(tmp_path / "a", False, 6)
+    training(tmp_path / "b", False, 2)  # PolynomialLR is over 6 epochs in both
+    resumed = training(tmp_path / "b", True, 6)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_best_metric_survives_a_resume(tmp_path):
+    evaluator = Evaluator()
+    evaluator.state.best_metric, evaluator.state.best_metric_epoch = 0.8, 2
+    training(tmp_path, False, 2, evaluator)
+    fresh = Evaluator()
+    training(tmp_path, "true", 3, fresh)
+    assert (fresh.state.best_metric, fresh.state.best_metric_epoch) == (0.8, 2)
+
+
+def test_a_fresh_start_keeps_the_earlier_training(tmp_path):
+    training(tmp_path, False, 2)
+    before = (tmp_path / "last.pt").read_bytes()
+    training(tmp_path, "false", 1)
+    assert (tmp_path / "last.previous.pt").read_bytes() == before
+
+
+def test_resume_without_a_file_starts_and_of_a_finished_training_says_so(tmp_path):
+    training(tmp_path, True, 2)
+    with pytest.raises(InputError, match="already 2 epochs.*--max_epochs"):
+        training(tmp_path, True, 2)
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "last.pt")
+    with pytest.raises(InputError, match="weights alone"):
+        training(tmp_path, True, 3)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    training(tmp_path, False, 1)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def broken_disk(obj, file, **kwargs):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", broken_disk)
+    with pytest.raises(OSError):
+        training(tmp_path, True, 2)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_best_model_is_saved_only_when_better(tmp_path):
+    net, engine = torch.nn.Linear(2, 2), Evaluator()
+    handler = BestModel(tmp_path / "model.pt", net)
+    saved = []
+    for epoch, metric in ((1, 0.5), (2, 0.4), (3, 0.6)):
+        engine.state.epoch = epoch
+        if metric > engine.state.best_metric:
+            engine.state.best_metric, engine.state.best_metric_epoch = metric, epoch
+        torch.nn.init.constant_(net.weight, epoch)
+        handler(engine)
+        saved.append(torch.load(tmp_path / "model.pt", weights_only=True)["weight"][0, 0].item())
+    assert saved == [1, 1, 3]
+
+
+def test_an_earlier_trainings_model_is_kept(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"shipped")
+    engine = Evaluator()
+    handler = BestModel(tmp_path / "model.pt", torch.nn.Linear(2, 2))
+    handler.start(engine)
+    for epoch in (5, 10):
+        engine.state.epoch = engine.state.best_metric_epoch = epoch
+        engine.state.best_metric = epoch / 100
+        handler(engine)
+    handler.start(engine)  # a resumed training's: its own model is no earlier one
+    assert (tmp_path / "model.previous.pt").read_bytes() == b"shipped"
+
+
+def load(path, net):
+    engine = Engine(lambda engine, batch: None)
+    engine.state.device = torch.device("cpu")
+    WeightsLoader(str(path), net).attach(engine)
+    engine.run([0])
+
+
+def test_weights_load_plain_or_under_model_and_fail_with_a_reason(tmp_path):
+    source = torch.nn.Linear(3, 2)
+    for content in (source.state_dict(), {"model": source.state_dict()}):
+        torch.save(content, tmp_path / "w.pt")
+        net = torch.nn.Linear(3, 2)
+        load(tmp_path / "w.pt", net)
+        assert torch.equal(net.weight, source.weight)
+    with pytest.raises(InputError, match="w.pt is a checkpoint of another architecture: 0 .*, 0 .*, 2 of another.*--experts"):
+        load(tmp_path / "w.pt", torch.nn.Linear(4, 5))
+    with pytest.raises(InputError, match="2 entries missing, 2 unknown"):
+        load(tmp_path / "w.pt", torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    with pytest.raises(InputError, match="no checkpoint at .*nowhere"):
+        load(tmp_path / "nowhere.pt", source)
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:200])
+    with pytest.raises(InputError, match="w.pt cannot be read"):
+        load(tmp_path / "w.pt", source)
+
+
+def test_class_metrics_are_means_over_cases_that_have_the_class():
+    engine = Engine(lambda engine, batch: None)
+    engine.state.metrics = {}
+    engine.state.metric_details = {"dice": torch.tensor([[0.5, 1.0], [float("nan"), 0.5]])}
+    ClassMetrics("dice", ["a", "b"])(engine)
+    assert engine.state.metrics == {"dice_a": 0.5, "dice_b": 0.75}
+
+
+def one_hot(label):
+    return torch.stack([(label == c).float() for c in range(3)])
+
+
+def test_case_report_in_mm_by_hand(tmp_path):
+    truth = torch.zeros(8, 8, 8)
+    truth[2:6, 2:6, 2:6] = 1
+    pred = torch.zeros(8, 8, 8)
+    pred[2:6, 2:6, 3:7] = 1  # shifted by one voxel along the axis of 3 mm
+    affine = torch.diag(torch.tensor([1.0, 1.0, 3.0, 1.0]))
+    label = MetaTensor(one_hot(truth), affine=affine, meta={"filename_or_obj": "/data/case_7.nii.gz"})
+    engine = Engine(lambda engine, batch: [{"pred": MetaTensor(one_hot(pred), affine=affine), "label": label}])
+    engine.register_events(*IterationEvents)
+    CaseReport(tmp_path / "metrics.csv", ["one", "two"]).attach(engine)
+    engine.run([0])
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["case"], r["class"]) for r in rows] == [("case_7", "one"), ("case_7", "two")]
+    assert float(rows[0]["dice"]) == pytest.approx(2 * 48 / 128)
+    assert float(rows[0]["jaccard"]) == pytest.approx(48 / 80)
+    assert float(rows[0]["hd95_mm"]) == pytest.approx(3.0)
+    assert 0 < float(rows[0]["asd_mm"]) < 3
+    assert rows[1]["hd95_mm"] == rows[1]["asd_mm"] == ""  # nothing there: no distance, not a zero
