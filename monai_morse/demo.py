@@ -16,7 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 
-from monai_morse.data import msd_cases, msd_class_names, write_phantom
+from monai_morse.data import msd_cases, msd_class_names, write_phantom, written_whole
 from monai_morse.data.cases import read_listing
 from monai_morse.errors import InputError
 from monai_morse.handlers import CaseReport
@@ -163,6 +163,7 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
     table = format_table(reports)
     table += "\n\n" + ", ".join(f"{s} trained {epochs} epochs in {m:.1f} minutes" for s, m in minutes.items())
     table += f"; means over {len(held_back)} scans of patients not trained on"
-    (out / "table.md").write_text(table + "\n")
+    with written_whole(out / "table.md") as partial:
+        partial.write_text(table + "\n")
     picture = _picture(out, configs, options, held_back[0])
     print(f"\n{table}\n\npicture: {picture}\ntable:   {out / 'table.md'}\ntotal:   {(time.time() - started) / 60:.1f} minutes")

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import DiskSaver
 from monai.data import decollate_batch
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
@@ -25,6 +24,7 @@ from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
 
+from monai_morse.data import written_whole
 from monai_morse.errors import InputError, flag
 from monai_morse.losses import MorseLoss, render_weight
 
@@ -95,8 +95,8 @@ class EpochSeed:
 
 
 def _save(obj: Any, path: Path) -> None:
-    """Written beside its place and moved there, so that a kill leaves the old file or the new one."""
-    DiskSaver(str(path.parent), atomic=True, require_empty=False)(obj, path.name)
+    with written_whole(path) as partial:
+        torch.save(obj, partial)
 
 
 def _keep_previous(path: Path) -> None:
@@ -336,14 +336,11 @@ class CaseReport:
                 self.rows.append(row)
 
     def _write(self, engine: Engine) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        with open(partial, "w", newline="") as file:
+        with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, "seconds"])
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({k: self._cell(v) for k, v in row.items()})
-        os.replace(partial, self.path)
         for class_name in self.class_names:
             means = []
             for figure in self.FIGURES:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from monai_morse.data import written_whole
 
 __all__ = ["boundary_picture"]
 
@@ -55,7 +56,6 @@ def boundary_picture(
         axis.set_title(f"{name} (red), truth (green)" if name in predictions else name, fontsize=10)
         axis.axis("off")
     figure.suptitle(f"{title}, slice {k}")
-    partial = Path(path).with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
     return Path(path)

@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     before = (tmp_path / "last.pt").read_bytes()
 
     def broken_disk(obj, file, **kwargs):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", broken_disk)

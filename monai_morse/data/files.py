@@ -1,8 +1,10 @@
-"""Files in and out: scans of a folder, label maps written whole or not at all."""
+"""Files in and out: scans of a folder, and whatever is written, written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,28 @@ from monai.data import NibabelWriter
 
 from monai_morse.errors import InputError
 
-__all__ = ["AtomicNibabelWriter", "scans_in"]
+__all__ = ["AtomicNibabelWriter", "scans_in", "written_whole"]
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A place beside ``path`` to write to, moved onto ``path`` at the end, so that a kill leaves the old file or the new one.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with written_whole(Path(folder) / "table.csv") as partial:
+    ...         _ = partial.write_text("whole")
+    ...     (Path(folder) / "table.csv").read_text()
+    'whole'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def scans_in(path: str | Path) -> list[dict[str, str]]:
@@ -29,13 +52,11 @@ def scans_in(path: str | Path) -> list[dict[str, str]]:
 
 
 class AtomicNibabelWriter(NibabelWriter):
-    """``NibabelWriter`` that writes beside the file's place and moves it there, so that a kill leaves no torn label map.
+    """``NibabelWriter`` that leaves no torn label map when it is killed, see :func:`written_whole`.
 
     Use it as ``SaveImaged(writer=AtomicNibabelWriter)``.
     """
 
     def write(self, filename: Any, verbose: bool = False, **obj_kwargs: Any) -> None:
-        path = Path(filename)
-        partial = path.with_name(f".partial-{path.name}")
-        super().write(partial, verbose=verbose, **obj_kwargs)
-        os.replace(partial, path)
+        with written_whole(filename) as partial:
+            super().write(partial, verbose=verbose, **obj_kwargs)

@@ -8,7 +8,6 @@ field and Rician noise. Grids are anisotropic and oblique, as scanners make them
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 from tqdm import tqdm
 
 from monai_morse.errors import InputError
+
+from .files import written_whole
 
 __all__ = ["CLASSES", "PHASES", "Patient", "write_phantom"]
 
@@ -238,9 +239,8 @@ class Patient:
 
 
 def _write(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    partial = path.with_name("partial-" + path.name)
-    nib.save(nib.Nifti1Image(array, affine), partial)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        nib.save(nib.Nifti1Image(array, affine), partial)
 
 
 def write_phantom(
@@ -292,7 +292,6 @@ def write_phantom(
         "numTraining": len(training),
         "training": training,
     }
-    partial = out / "dataset.json.partial"
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, listing)
+    with written_whole(listing) as partial:
+        partial.write_text(json.dumps(content, indent=1))
     return out

@@ -1,7 +1,5 @@
 """SMoE: decoder features become experts, mixed voxel by voxel by a gate and dropped at random in training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import List
 
@@ -70,7 +68,7 @@ class ExpertDropout(nn.Module):
         min_active: survivors at least; default 1.
     """
 
-    masks: Tensor
+    masks: Tensor  # real types, not strings: torch.jit.script reads them, so this file defers no annotations
     chance: Tensor
 
     def __init__(self, num_experts: int, drop_prob: float = 0.7, min_active: int = 1) -> None:
