@@ -1,0 +1,223 @@
+"""The hippocampus bundle by ``monai.bundle run``, as a user starts it: train, evaluate, infer, kill, resume, err."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_msd
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from monai_morse.data import msd_cases
+
+BUNDLE = ROOT / "bundles" / "hippocampus_mri_morse"
+CONFIGS = BUNDLE / "configs"
+EVALUATE = f"['{CONFIGS}/train.yaml','{CONFIGS}/evaluate.yaml']"
+OBLIQUE = np.array([[0.99, -0.14, 0, -30], [0.14, 0.99, 0, 12], [0, 0, 1.5, 7], [0, 0, 0, 1]])
+TINY = {"patch_size": "[16,16,16]", "batch_size": 2, "num_folds": 3, "val_interval": 1}
+
+
+def command(config, **options):
+    config = config if str(config).startswith("[") else str(CONFIGS / config)
+    words = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", config]
+    for name, value in {"bundle_root": BUNDLE, "logging_file": CONFIGS / "logging.conf", **options}.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def run(config, **options):
+    return subprocess.run(command(config, **options), capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+
+def succeed(config, **options):
+    done = run(config, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Tiny oblique data and two epochs of training on it."""
+    folder = tmp_path_factory.mktemp("bundle")
+    data = write_msd(folder / "data", affine=OBLIQUE)
+    out = folder / "run"
+    done = succeed("train.yaml", dataset_dir=data, ckpt_dir=out, output_dir=out, max_epochs=2, **TINY)
+    return data, out, done.stdout
+
+
+def test_training_leaves_best_and_last_weights_and_tells_each_class(trained):
+    _, out, log = trained
+    best = torch.load(out / "model.pt", weights_only=True)
+    last = torch.load(out / "last.pt", weights_only=True)
+    assert best.keys() == last["model"].keys()
+    assert last["epoch"] == 2 and last["iteration"] == 4
+    assert "val_mean_dice_anterior" in log and "val_mean_dice_posterior" in log
+    assert any(p.name.startswith("events.out.tfevents") for p in out.iterdir())
+
+
+def test_evaluation_writes_a_row_a_case_and_class_and_label_maps_in_the_labels_geometry(trained, tmp_path):
+    data, run_dir, _ = trained
+    succeed(EVALUATE, dataset_dir=data, ckpt_dir=run_dir, output_dir=tmp_path, **TINY)
+    held_back = msd_cases(data, "val", num_folds=3)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    names = [os.path.basename(c["image"]) for c in held_back]
+    assert [r["case"] for r in rows] == [n.removesuffix(".nii.gz") for n in names for _ in range(2)]
+    for case, name in zip(held_back, names):
+        label, pred = nib.load(case["label"]), nib.load(tmp_path / "predictions" / name)
+        assert pred.shape == label.shape and np.allclose(pred.affine, label.affine, atol=1e-5)
+        truth, found = (np.asarray(i.dataobj) for i in (label, pred))
+        row = next(r for r in rows if r["case"] == name.removesuffix(".nii.gz") and r["class"] == "anterior")
+        overlap = 2 * ((truth == 1) & (found == 1)).sum() / max(1, (truth == 1).sum() + (found == 1).sum())
+        assert float(row["dice"] or 0) == pytest.approx(overlap, abs=1e-5)
+
+
+def test_inference_keeps_the_scans_geometry_and_one_broken_scan_takes_nobody_down(trained, tmp_path):
+    data, run_dir, _ = trained
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for i in range(2):
+        (scans / f"case_{i}.nii.gz").write_bytes((data / f"imagesTr/case_{i}.nii.gz").read_bytes())
+    (scans / "case_1_broken.nii.gz").write_bytes(b"not a scan")
+    options = {"weights": run_dir / "model.pt", "patch_size": "[16,16,16]"}
+    done = run("inference.yaml", dataset_dir=scans, output_dir=tmp_path / "out", **options)
+    assert done.returncode == 1
+    assert "1 case(s) skipped, the others are done" in done.stderr and "case_1_broken" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz"]
+    pred = nib.load(tmp_path / "out/case_1_seg.nii.gz")
+    assert pred.shape == (20, 24, 18) and np.allclose(pred.affine, OBLIQUE, atol=1e-5)
+    assert pred.get_data_dtype() == np.uint8 and set(np.unique(pred.dataobj)) <= {0, 1, 2}
+
+
+def test_killed_training_resumes_and_ends_with_the_same_weights(tmp_path):
+    data = write_msd(tmp_path / "data")
+    options = {**TINY, "dataset_dir": data, "max_epochs": 5, "batch_size": 1}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    succeed("train.yaml", ckpt_dir=whole, output_dir=whole, **options)
+
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command("train.yaml", ckpt_dir=killed, output_dir=killed, **options), **quiet)
+    deadline = time.time() + 300
+    while time.time() < deadline and process.poll() is None:
+        if (killed / "last.pt").is_file() and torch.load(killed / "last.pt", weights_only=True)["epoch"] >= 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert torch.load(killed / "last.pt", weights_only=True)["epoch"] < 5
+
+    succeed("train.yaml", ckpt_dir=killed, output_dir=killed, resume="true", **options)
+    for name in ("last.pt", "model.pt"):
+        a, b = (torch.load(d / name, weights_only=True) for d in (whole, killed))
+        a, b = (s.get("model", s) for s in (a, b))
+        assert all(torch.equal(a[k], b[k]) for k in a), name
+
+
+def no_data(data):
+    return {"dataset_dir": data / "nowhere"}
+
+
+def broken_file(data):
+    (data / "labelsTr/case_3.nii.gz").write_bytes(b"")
+    return {}
+
+
+ERRORS = {
+    "missing folder": (no_data, "error: no dataset folder at .*nowhere"),
+    "broken file": (broken_file, "case_3.nii.gz: cannot be read"),
+    "unknown experts": (lambda d: {"experts": "sparse"}, "experts must be one of .*'sparse'"),
+    "unknown renderer": (lambda d: {"renderer": "nerf"}, "renderer must be one of .*'nerf'"),
+    "unknown schedule": (lambda d: {"schedule": "linear"}, "schedule must be one of .*'linear'"),
+    "too few classes": (lambda d: {"class_names": "['all']"}, "labels \\[2.0\\] are outside 0 to 1"),
+    "other checkpoint": (lambda d: {"resume": "true", "experts": "none", "renderer": "none"}, "another arch.*--experts"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_ends_before_training_with_one_clear_message(name, trained, tmp_path):
+    prepare, message = ERRORS[name]
+    data = write_msd(tmp_path / "data")
+    out = tmp_path / "run"
+    out.mkdir()
+    for file in ("model.pt", "last.pt"):
+        (out / file).write_bytes((trained[1] / file).read_bytes())
+    before = {f: (out / f).read_bytes() for f in ("model.pt", "last.pt")}
+    options = {"dataset_dir": data, "ckpt_dir": out, "output_dir": out, "max_epochs": 3, **TINY, **prepare(data)}
+    done = run("train.yaml", **options)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr, done.stderr
+    last = done.stderr[done.stderr.index("error: ") :]
+    assert len(last.splitlines()) < 15
+    import re
+
+    assert re.search(message, last, re.DOTALL), last
+    assert "Epoch[" not in done.stdout
+    assert {f: (out / f).read_bytes() for f in before} == before
+
+
+@pytest.mark.parametrize("experts", ["none", "dense", "stochastic"])
+@pytest.mark.parametrize("renderer", ["none", "anatomical"])
+def test_every_cell_trains_from_the_command_lines_words(experts, renderer, msd, tmp_path):
+    words = {"bundle_root": str(BUNDLE), "dataset_dir": str(msd), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    words |= {"experts": experts, "renderer": renderer, "max_epochs": 1, "num_folds": 3, "patch_size": [16, 16, 16]}
+    workflow = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", logging_file=False, meta_file=None, **words)
+    workflow.initialize()
+    workflow.run()
+    assert (tmp_path / "model.pt").is_file()
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    own = {k.split(".")[0] for k in state}
+    assert ("mixture" in own) == (experts != "none") and ("renderer" in own) == (renderer != "none")
+
+
+@pytest.mark.parametrize("config, kind", [("train.yaml", "train"), ("inference.yaml", "infer")])
+def test_required_properties_are_there(config, kind, msd):
+    words = {"bundle_root": str(BUNDLE), "dataset_dir": str(msd / "imagesTr" if kind == "infer" else msd)}
+    workflow = ConfigWorkflow(
+        str(CONFIGS / config), str(CONFIGS / "metadata.json"), logging_file=False, workflow_type=kind, **words
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+def test_training_and_inference_build_the_same_network():
+    train, inference = (ConfigParser.load_config_file(CONFIGS / f"{n}.yaml") for n in ("train", "inference"))
+    assert train["network_def"] == inference["network_def"]
+    assert train["validate"]["inferer"]["inferer"]["mode"] == inference["inferer"]["inferer"]["mode"]
+    for name in ("experts", "renderer", "num_experts", "width", "alpha", "in_channels", "spacing", "patch_size"):
+        assert train[name] == inference[name], name
+    assert inference["num_classes"] == len(train["class_names"]) + 1
+
+
+def test_metadata_has_its_version_in_the_changelog_and_names_the_classes():
+    meta = json.loads((CONFIGS / "metadata.json").read_text())
+    assert meta["version"] in meta["changelog"]
+    channels = meta["network_data_format"]["outputs"]["pred"]["channel_def"]
+    train = ConfigParser.load_config_file(CONFIGS / "train.yaml")
+    assert list(channels.values()) == ["background", *train["class_names"]]
+
+
+def test_shipped_weights_are_small_plain_and_load():
+    path = BUNDLE / "models" / "model.pt"
+    assert path.stat().st_size <= 20e6
+    parser = ConfigParser(ConfigParser.load_config_file(CONFIGS / "inference.yaml"))
+    parser.get_parsed_content("network_def").load_state_dict(torch.load(path, weights_only=True))
+
+
+def test_shipped_weights_segment_real_cases_not_trained_on(task04, tmp_path):
+    cases = msd_cases(task04, "val")[:8]
+    data = {"labels": {"0": "background", "1": "anterior", "2": "posterior"}, "training": cases}
+    (tmp_path / "dataset.json").write_text(json.dumps(data))
+    succeed(EVALUATE, dataset_dir=tmp_path, split="all", output_dir=tmp_path, save_predictions="false")
+    with open(tmp_path / "metrics.csv") as file:
+        dice = [float(r["dice"]) for r in csv.DictReader(file)]
+    assert len(dice) == 16
+    assert np.mean(dice) >= 0.86  # of 8 of the 40 cases held back; their table is in the bundle's README
+    assert not (tmp_path / "predictions").exists()
