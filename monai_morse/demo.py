@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def _bundle_run(config: str, options: dict) -> None:
     command += ["--logging_file", str(BUNDLE / "configs" / "logging.conf"), "--bundle_root", str(BUNDLE)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    print("\n$ " + " ".join(command[2:]), flush=True)
+    print("\n$ " + shlex.join(["python", *command[3:]]), flush=True)
     if subprocess.run(command).returncode:
         raise InputError("the run above failed; its message says why")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from types import TracebackType
+from typing import Any
 
 __all__ = ["InputError", "flag", "short_errors"]
 
@@ -32,9 +33,12 @@ def find_input_error(error: BaseException | None) -> InputError | None:
 def short_errors() -> None:
     """Let an uncaught :class:`InputError` end the process with its message instead of a traceback (exit code 1).
 
-    Any other error keeps its traceback, and so does an :class:`InputError` when the root logger is at ``DEBUG``.
+    Log records about one, which engines and handlers write on its way out, lose their tracebacks too. Any other error keeps
+    its traceback, and so does an :class:`InputError` when the root logger is at ``DEBUG``.
     """
-    previous = sys.excepthook
+    previous, make_record = sys.excepthook, logging.getLogRecordFactory()
+    if getattr(previous, "__module__", None) == __name__:
+        return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         found = find_input_error(error)
@@ -43,8 +47,14 @@ def short_errors() -> None:
         else:
             print(f"\nerror: {found}", file=sys.stderr)
 
-    if getattr(previous, "__module__", None) != __name__:
-        sys.excepthook = hook
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make_record(*args, **kwargs)
+        if made.exc_info and find_input_error(made.exc_info[1]) and not logging.getLogger().isEnabledFor(logging.DEBUG):
+            made.exc_info = None
+        return made
+
+    sys.excepthook = hook
+    logging.setLogRecordFactory(record)
 
 
 def flag(value: bool | str, name: str = "flag") -> bool:

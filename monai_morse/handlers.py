@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,9 @@ class TrainingState:
 
     Args:
         path: file to write, e.g. ``models/last.pt``.
-        network, optimizer, lr_scheduler: their states are kept, as are the trainer's epoch and iteration.
+        network, optimizer: their states are kept, as are the trainer's epoch and iteration.
+        lr_scheduler: a scheduler stepped once an epoch. It is replayed, not kept, so that a resumed training may have more
+            epochs or another learning rate.
         evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.
         resume: go on from ``path`` if it exists; default False, a fresh start, which first copies an existing ``path`` aside.
 
@@ -204,9 +207,7 @@ class TrainingState:
         if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "iteration"} <= state.keys():
             raise InputError(f"{self.path} holds weights alone, no training to resume; start without --resume")
         _load_network(self.network, state["model"], self.path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self._load_optimizer(state["optimizer"], state["epoch"])
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
@@ -215,6 +216,17 @@ class TrainingState:
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
         logger.info("resumed from %s after epoch %d", self.path, state["epoch"])
 
+    def _load_optimizer(self, state: dict, epochs: int) -> None:
+        """Moments from the file, learning rates from the configuration: the schedule's after ``epochs`` epochs."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a scheduler that steps before its optimizer
+            for _ in range(epochs if self.lr_scheduler is not None else 0):
+                self.lr_scheduler.step()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+
     def save(self, engine: Engine) -> None:
         state = {
             "model": self.network.state_dict(),
@@ -222,8 +234,6 @@ class TrainingState:
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
         }
-        if self.lr_scheduler is not None:
-            state["lr_scheduler"] = self.lr_scheduler.state_dict()
         if self.evaluator is not None:
             state["best_metric"] = float(self.evaluator.state.best_metric)
             state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, write_msd
 from monai.bundle import ConfigParser, ConfigWorkflow
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from monai_morse.data import msd_cases
 
@@ -59,7 +61,20 @@ def test_training_leaves_best_and_last_weights_and_tells_each_class(trained):
     assert best.keys() == last["model"].keys()
     assert last["epoch"] == 2 and last["iteration"] == 4
     assert "val_mean_dice_anterior" in log and "val_mean_dice_posterior" in log
-    assert any(p.name.startswith("events.out.tfevents") for p in out.iterdir())
+    assert log.count("-- train_loss: ") == 2  # a line an epoch
+    curves = EventAccumulator(str(out)).Reload()
+    assert {"train_loss", "val_mean_dice_anterior"} <= set(curves.Tags()["scalars"])
+    assert len(curves.Scalars("train_loss")) == 4
+
+
+def test_a_finished_training_goes_on_with_more_epochs(trained, tmp_path):
+    data, run_dir, _ = trained
+    for name in ("last.pt", "model.pt"):
+        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
+    succeed("train.yaml", dataset_dir=data, ckpt_dir=tmp_path, output_dir=tmp_path, max_epochs=3, resume="true", **TINY)
+    before, after = (torch.load(d / "last.pt", weights_only=True) for d in (run_dir, tmp_path))
+    assert after["epoch"] == 3
+    assert any(not torch.equal(before["model"][k], v) for k, v in after["model"].items())  # a learning rate above 0
 
 
 def test_evaluation_writes_a_row_a_case_and_class_and_label_maps_in_the_labels_geometry(trained, tmp_path):
@@ -153,11 +168,9 @@ def test_bad_input_ends_before_training_with_one_clear_message(name, trained, tm
     options = {"dataset_dir": data, "ckpt_dir": out, "output_dir": out, "max_epochs": 3, **TINY, **prepare(data)}
     done = run("train.yaml", **options)
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     last = done.stderr[done.stderr.index("error: ") :]
     assert len(last.splitlines()) < 15
-    import re
-
     assert re.search(message, last, re.DOTALL), last
     assert "Epoch[" not in done.stdout
     assert {f: (out / f).read_bytes() for f in before} == before
