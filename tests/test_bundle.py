@@ -204,7 +204,7 @@ def test_training_and_inference_build_the_same_network():
     train, inference = (ConfigParser.load_config_file(CONFIGS / f"{n}.yaml") for n in ("train", "inference"))
     assert train["network_def"] == inference["network_def"]
     assert train["validate"]["inferer"]["inferer"]["mode"] == inference["inferer"]["inferer"]["mode"]
-    for name in ("experts", "renderer", "num_experts", "width", "alpha", "in_channels", "spacing", "patch_size"):
+    for name in ("experts", "renderer", "num_experts", "width", "alpha", "coarse", "in_channels", "spacing", "patch_size"):
         assert train[name] == inference[name], name
     assert inference["num_classes"] == len(train["class_names"]) + 1
 
