@@ -32,8 +32,9 @@ SYSTEMS = {
 }
 PATIENTS = 10
 VOXELS = 250_000  # of a resampled volume, so that two cores need seconds for it
-ITERATIONS = 240
-BATCH_SIZE = 2
+ITERATIONS = 384
+BATCH_SIZE = 1
+LEARNING_RATE = 0.004
 
 
 def plan(cases: Sequence[dict[str, str]]) -> tuple[list[float], list[int]]:
@@ -121,7 +122,7 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
     Args:
         out: folder for data, runs, ``table.md`` and ``demo.png``.
         data: folder with ``dataset.json``; default: the phantom.
-        epochs: of each training; default: as many as make about 240 iterations.
+        epochs: of each training; default: as many as make about ``ITERATIONS`` iterations.
 
     Raises:
         InputError: when the bundle or the data cannot be found, or a run fails.
@@ -147,9 +148,9 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
         "patch_size": patch,
         "flip_prob": 0.0,
         "max_epochs": epochs,
-        "val_interval": max(1, epochs // 3),
+        "val_interval": max(1, epochs // 2),
         "batch_size": BATCH_SIZE,
-        "learning_rate": 0.002,
+        "learning_rate": LEARNING_RATE,
     }
     reports, minutes = {}, {}
     configs = [str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "evaluate")]
