@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from monai_morse import InputError
-from monai_morse.data import msd_cases, msd_class_names, raise_if_skipped, scans_in, usable_cases
+from monai_morse.data import check_writable, msd_cases, msd_class_names, raise_if_skipped, scans_in, usable_cases
 
 
 def listing(folder, **changes):
@@ -43,9 +43,20 @@ def test_no_patient_is_on_both_sides(msd, key):
 
 def test_class_names_come_from_the_listing(msd):
     assert msd_class_names(msd) == ["anterior", "posterior"]
-    listing(msd, labels={"0": "background", "2": "x"})
-    with pytest.raises(InputError, match="numbered 0"):
-        msd_class_names(msd)
+    for labels in ({"0": "background", "2": "x"}, {"a": "b", "c": "d"}, ["background", "x"]):
+        listing(msd, labels=labels)
+        with pytest.raises(InputError, match="numbered 0"):
+            msd_class_names(msd)
+
+
+def test_class_names_must_be_as_many_as_the_listing_has_and_other_ones_are_logged(msd, caplog):
+    msd_cases(msd, class_names=["Anterior", "posterior"])
+    assert not caplog.records
+    msd_cases(msd, class_names=["posterior", "anterior"])
+    assert "they are named ['posterior', 'anterior'] here" in caplog.text
+    for names in (["one"], ["a", "b", "c"], "ab"):
+        with pytest.raises(InputError, match="class_names must be a list of 2 names.*anterior"):
+            msd_cases(msd, class_names=names)
 
 
 def test_missing_folder_and_broken_listings(msd, tmp_path):
@@ -60,9 +71,14 @@ def test_missing_folder_and_broken_listings(msd, tmp_path):
     listing(msd, training=[])
     with pytest.raises(InputError, match="no training cases"):
         msd_cases(msd)
-    (msd / "dataset.json").write_text("{broken")
-    with pytest.raises(InputError, match="not valid JSON"):
-        msd_cases(msd)
+    for content, message in (
+        ("{broken", "not valid JSON"),
+        ("[]", "must be an object"),
+        ('{"training": 3}', "must be an object"),
+    ):
+        (msd / "dataset.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            msd_cases(msd)
 
 
 @pytest.mark.parametrize("options", [{"fold": 5}, {"fold": -1}, {"num_folds": 7}, {"split": "tset"}])
@@ -96,6 +112,11 @@ def break_4d(image, label):
     save(image, np.zeros((20, 24, 18, 2)))
 
 
+def break_colour(image, label):
+    colour = np.zeros((20, 24, 18), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(colour, np.eye(4)), image)
+
+
 def break_shape(image, label):
     save(label, np.zeros((20, 24, 17)))
 
@@ -122,6 +143,7 @@ BREAKAGES = {
     break_not_nifti: "imagesTr/case_2.nii.gz: cannot be read",
     break_nan: "imagesTr/case_2.nii.gz: 8640 voxels are NaN",
     break_4d: "imagesTr/case_2.nii.gz: expected a 3D image.*\\(20, 24, 18, 2\\)",
+    break_colour: "imagesTr/case_2.nii.gz: voxels of type .* are no intensities",
     break_shape: "labelsTr/case_2.nii.gz: shape .*17.* differs.*resample",
     break_affine: "labelsTr/case_2.nii.gz: its affine .* mm away",
     break_label_value: "labelsTr/case_2.nii.gz: labels \\[3.0\\] are outside 0 to 2.*--class_names",
@@ -166,8 +188,22 @@ def test_scans_in_a_file_a_folder_or_its_images_ts(msd):
     assert len(scans_in(msd / "imagesTr/case_0.nii.gz")) == 1
     (msd / "imagesTr").rename(msd / "imagesTs")
     assert len(scans_in(msd)) == 6
+    shutil.copy(msd / "imagesTs/case_0.nii.gz", msd / "own.nii.gz")
+    assert [c["image"] for c in scans_in(msd)] == [str(msd / "own.nii.gz")]
+    (msd / "own.nii").write_bytes(b"")
+    with pytest.raises(InputError, match="both .nii and .nii.gz of own"):
+        scans_in(msd)
     with pytest.raises(InputError, match="no NIfTI files"):
         scans_in(msd / "nowhere")
+
+
+def test_folders_are_made_and_tried_before_work_starts(tmp_path):
+    check_writable(tmp_path / "a" / "b", tmp_path)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match="cannot write to .*file.*--output_dir"):
+        check_writable(tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_real_cases_are_all_usable(task04):

@@ -31,6 +31,14 @@ def test_byte_identical_on_rerun_and_different_with_another_seed(phantom, tmp_pa
     assert all(other[p] != h for p, h in again.items() if p.suffix == ".gz")
 
 
+def test_a_smaller_phantom_replaces_a_larger_one_whole_and_a_killed_one_is_no_obstacle(tmp_path):
+    write_phantom(tmp_path / "a", patients=2, spacing=(30.0, 30.0, 30.0))
+    (tmp_path / ".partial-a" / "imagesTr").mkdir(parents=True)  # what a kill leaves
+    write_phantom(tmp_path / "a", patients=1, spacing=(30.0, 30.0, 30.0))
+    assert len(list((tmp_path / "a").rglob("*.nii.gz"))) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_layout_is_msd_with_three_phases_on_one_oblique_anisotropic_grid(phantom):
     content = json.loads((phantom / "dataset.json").read_text())
     assert len(content["training"]) == 9
@@ -85,8 +93,14 @@ def test_truth_below_the_voxel_agrees_with_the_grid():
 
 
 def test_nothing_else_is_overwritten(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="holds no phantom"):
-        write_phantom(tmp_path)
+    for name, content in (("thesis.tex", "x"), ("dataset.json", '{"name": "ACR phantom QA"}')):
+        folder = tmp_path / name[:3]
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(InputError, match="holds no phantom"):
+            write_phantom(folder)
+        assert (folder / name).read_text() == content
+    with pytest.raises(InputError, match="is a file"):
+        write_phantom(folder / name)
     with pytest.raises(InputError, match="patients >= 1"):
         write_phantom(tmp_path / "new", patients=0)

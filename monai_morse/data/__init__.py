@@ -1,14 +1,16 @@
 """Data lists, checks of their files before work starts, files in and out, and the synthetic phantom."""
 
 from .cases import msd_cases, msd_class_names, raise_if_skipped, usable_cases
-from .files import AtomicNibabelWriter, scans_in, written_whole
+from .files import AtomicNibabelWriter, check_writable, scan_name, scans_in, written_whole
 from .phantom import write_phantom
 
 __all__ = [
     "AtomicNibabelWriter",
+    "check_writable",
     "msd_cases",
     "msd_class_names",
     "raise_if_skipped",
+    "scan_name",
     "scans_in",
     "usable_cases",
     "write_phantom",

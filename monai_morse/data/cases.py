@@ -27,9 +27,12 @@ def read_listing(dataset_dir: str | Path) -> dict:
     if not listing.is_file():
         raise InputError(f"{listing} does not exist; the folder must have the MSD layout: dataset.json, imagesTr/, labelsTr/")
     try:
-        return json.loads(listing.read_text())
+        content = json.loads(listing.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{listing} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("training", []), list):
+        raise InputError(f"{listing} must be an object whose 'training' is a list, as in the MSD layout")
+    return content
 
 
 def msd_class_names(dataset_dir: str | Path) -> list[str]:
@@ -39,13 +42,18 @@ def msd_class_names(dataset_dir: str | Path) -> list[str]:
         InputError: when it is missing, broken or its labels are not 0, 1, 2, ...
     """
     labels = read_listing(dataset_dir).get("labels", {})
-    if sorted(labels, key=int) != [str(i) for i in range(len(labels))] or len(labels) < 2:
+    if not isinstance(labels, dict) or len(labels) < 2 or set(labels) != {str(i) for i in range(len(labels))}:
         raise InputError(f"{dataset_dir}/dataset.json: labels must be numbered 0 (background), 1, 2, ..., got {labels}")
     return [str(labels[str(i)]) for i in range(1, len(labels))]
 
 
 def msd_cases(
-    dataset_dir: str | Path, split: str = "train", fold: int = 0, num_folds: int = 5, seed: int = 0
+    dataset_dir: str | Path,
+    split: str = "train",
+    fold: int = 0,
+    num_folds: int = 5,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
 ) -> list[dict[str, str]]:
     """Cases of an MSD folder: ``{"image": path, "label": path}`` each, absolute paths.
 
@@ -59,12 +67,21 @@ def msd_cases(
         fold: the fold held back, 0 to ``num_folds - 1``; default 0.
         num_folds: default 5.
         seed: of the draw; default 0.
+        class_names: names meant for labels 1, 2, ..; default: those of ``dataset.json``. As many are needed; other names are
+            logged.
 
     Raises:
-        InputError: for a missing or broken listing, an unknown split or fold, or more folds than patients.
+        InputError: for a missing or broken listing, an unknown split or fold, more folds than patients, or another number of
+            classes.
     """
     root = Path(dataset_dir).resolve()
     listing = read_listing(dataset_dir)
+    if class_names is not None:
+        listed = msd_class_names(dataset_dir)
+        if isinstance(class_names, str) or len(class_names) != len(listed):
+            raise InputError(f"class_names must be a list of {len(listed)} names for {root}'s {listed}, got {class_names!r}")
+        if [str(n).lower() for n in class_names] != [n.lower() for n in listed]:
+            logger.warning("%s calls its classes %s; they are named %s here", root, listed, list(class_names))
     if split == "test":
         return [{"image": str(root / (e["image"] if isinstance(e, Mapping) else e))} for e in listing.get("test", [])]
     entries = listing.get("training", [])
@@ -123,6 +140,8 @@ def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1
         if voxels.ndim != expected or (in_channels > 1 and voxels.shape[-1] != in_channels):
             wanted = f"a {expected}D image with {in_channels} channel(s)"
             return f"{path}: expected {wanted}, got shape {voxels.shape}; split or stack its channels"
+        if voxels.dtype.kind not in "biuf":
+            return f"{path}: voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
         if not np.isfinite(voxels).all():
             count = int(voxels.size - np.isfinite(voxels).sum())
             return f"{path}: {count} voxels are NaN or infinite; repair or remove the scan"
@@ -165,7 +184,10 @@ def usable_cases(
     good: list[dict[str, str]] = []
     problems: list[str] = []
     for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
-        problem = find_problem(case, num_classes, in_channels)
+        try:
+            problem = find_problem(case, num_classes, in_channels)
+        except Exception as error:  # whatever else one file does, the others are usable
+            problem = f"{case['image']}: cannot be checked ({type(error).__name__}: {error}); repair or remove the case"
         if problem is None:
             good.append(dict(case))
         else:

@@ -12,7 +12,7 @@ from monai.data import NibabelWriter
 
 from monai_morse.errors import InputError
 
-__all__ = ["AtomicNibabelWriter", "scans_in", "written_whole"]
+__all__ = ["AtomicNibabelWriter", "check_writable", "scan_name", "scans_in", "written_whole"]
 
 
 @contextmanager
@@ -37,18 +37,50 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def scans_in(path: str | Path) -> list[dict[str, str]]:
-    """Cases ``{"image": path}`` for inference: one NIfTI file, the NIfTI files of a folder, or those of its ``imagesTs``.
+    """Cases ``{"image": path}`` for inference: one NIfTI file, the NIfTI files of a folder, or else those of its ``imagesTs``.
 
     Raises:
-        InputError: when there is none.
+        InputError: when there is none, or two would have one name for their label maps.
     """
     path = Path(path)
-    folders = [path, path / "imagesTs"]
-    files = [path] if path.is_file() else [f for d in folders if d.is_dir() for f in sorted(d.iterdir())]
-    found = [{"image": str(f)} for f in files if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith(".")]
-    if not found:
+    for place in (path, path / "imagesTs"):
+        files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
+        found = [f for f in files if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith(".")]
+        if found:
+            break
+    else:
         raise InputError(f"no NIfTI files (.nii, .nii.gz) at {path} or in its imagesTs; give a scan or a folder of scans")
-    return found
+    stems = [scan_name(f) for f in found]
+    twice = sorted({s for s in stems if stems.count(s) > 1})
+    if twice:
+        raise InputError(
+            f"{path} has both .nii and .nii.gz of {', '.join(twice[:5])}; remove one, their label maps would collide"
+        )
+    return [{"image": str(f)} for f in found]
+
+
+def scan_name(path: str | Path) -> str:
+    """File name without ``.nii`` or ``.nii.gz``.
+
+    >>> scan_name("scans/a.b.nii.gz")
+    'a.b'
+    """
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+
+
+def check_writable(*folders: str | Path) -> None:
+    """Make the folders if need be and write to each.
+
+    Raises:
+        InputError: when that fails.
+    """
+    for folder in folders:
+        try:
+            with written_whole(Path(folder) / "probe") as partial:
+                partial.touch()
+            (Path(folder) / "probe").unlink()
+        except OSError as error:
+            raise InputError(f"cannot write to {folder} ({error.strerror}); give another --ckpt_dir or --output_dir") from error
 
 
 class AtomicNibabelWriter(NibabelWriter):

@@ -8,6 +8,8 @@ field and Rician noise. Grids are anisotropic and oblique, as scanners make them
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from tqdm import tqdm
 
 from monai_morse.errors import InputError
 
-from .files import written_whole
+from .cases import read_listing
 
 __all__ = ["CLASSES", "PHASES", "Patient", "write_phantom"]
 
+NAME = "MORSE phantom"
 PHASES = ("pre", "arterial", "venous")
 CLASSES = ("liver", "spleen", "kidneys", "aorta", "spine")
 
@@ -238,21 +241,16 @@ class Patient:
         return (int(shape[0]), int(shape[1]), int(shape[2])), affine
 
 
-def _write(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    with written_whole(path) as partial:
-        nib.save(nib.Nifti1Image(array, affine), partial)
-
-
 def write_phantom(
     out: str | Path, patients: int = 20, seed: int = 0, spacing: tuple[float, float, float] = (2.5, 2.5, 5.0)
 ) -> Path:
     """Write a phantom data set in the MSD layout: three phases a patient on one grid, one label map, ``dataset.json``.
 
-    Byte-identical when run again with the same arguments. ``dataset.json`` is written last, so that a folder that has one is
-    complete; its entries carry the patient, by which folds are drawn, and the phase.
+    Byte-identical when run again with the same arguments. The folder appears when it is complete. The entries of
+    ``dataset.json`` carry the patient, by which folds are drawn, and the phase.
 
     Args:
-        out: folder to write, new or empty or an earlier phantom. patients: default 20. seed: default 0.
+        out: folder to write, new or empty or an earlier phantom, which it replaces. patients: default 20. seed: default 0.
         spacing: voxel size in mm, default (2.5, 2.5, 5).
 
     Returns:
@@ -261,29 +259,34 @@ def write_phantom(
     Raises:
         InputError: when ``out`` holds something else, or a number is out of range.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     if patients < 1 or seed < 0 or min(spacing) <= 0:
         raise InputError(f"phantom: need patients >= 1, seed >= 0, spacing > 0; got {patients}, {seed}, {spacing}")
-    listing = out / "dataset.json"
-    if out.exists() and any(out.iterdir()) and not (listing.is_file() and "phantom" in listing.read_text()):
-        raise InputError(f"{out} is not empty and holds no phantom; give a new folder with --out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a new folder with --out")
+    if out.exists() and any(out.iterdir()):
+        listing = out / "dataset.json"
+        if not listing.is_file() or read_listing(out).get("name") != NAME:
+            raise InputError(f"{out} is not empty and holds no phantom; give a new folder with --out")
+    partial = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
     for name in ("imagesTr", "labelsTr"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-    listing.unlink(missing_ok=True)
+        (partial / name).mkdir(parents=True)
     training = []
     for number in tqdm(range(1, patients + 1), desc="phantom", unit="patient"):
         name = f"patient_{number:03d}"
         patient = Patient(seed * 100_000 + number)
         shape, affine = patient.grid(spacing)
         phases, label = patient.render(shape, affine)
-        _write(label, affine, out / "labelsTr" / f"{name}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), partial / "labelsTr" / f"{name}.nii.gz")
         for phase, image in zip(PHASES, phases):
             path = f"imagesTr/{name}_{phase}.nii.gz"
             # scanners give integers of no fixed scale
-            _write(np.round(image * (600 + 40 * (number % 7))).astype(np.int16), affine, out / path)
+            integers = np.round(image * (600 + 40 * (number % 7))).astype(np.int16)
+            nib.save(nib.Nifti1Image(integers, affine), partial / path)
             training.append({"image": f"./{path}", "label": f"./labelsTr/{name}.nii.gz", "patient": name, "phase": phase})
     content = {
-        "name": "MORSE phantom",
+        "name": NAME,
         "description": "synthetic multi-phasic abdominal MRI phantom",
         "licence": "Apache-2.0",
         "tensorImageSize": "3D",
@@ -292,6 +295,7 @@ def write_phantom(
         "numTraining": len(training),
         "training": training,
     }
-    with written_whole(listing) as partial:
-        partial.write_text(json.dumps(content, indent=1))
+    (partial / "dataset.json").write_text(json.dumps(content, indent=1))
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
     return out
