@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import BACKBONES
 
-from monai_morse import InputError
-from monai_morse.networks import DecoderFeatures
+from monai_morse import InputError, Morse
+from monai_morse.networks import DecoderFeatures, check_window
 from monai_morse.networks.decoders import decoder_names
 
 
@@ -75,6 +75,20 @@ def test_unknown_backbone_asks_for_names_and_takes_them():
     features = DecoderFeatures(Tiny(), ["down", "up"])
     assert [(f.channels, f.reduction) for f in features.info] == [(6, (2.0, 2.0)), (4, (1.0, 1.0))]
     assert features.num_classes == 3
+
+
+@pytest.mark.parametrize("name, wanted", [("UNet", "24, 24, 24"), ("BasicUNet", "32, 32, 32"), ("DynUNet", "24, 24, 24")])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_windows_that_do_not_fit_are_errors_with_one_that_does(name, wanted, wrap):
+    net = BACKBONES[name](3)
+    net = Morse(net, mixture={"width": 4}, head={"width": 4}) if wrap else net
+    net.train()
+    check_window(net, [16, 48, 32])
+    assert net.training
+    with pytest.raises(InputError, match=f"of .20, 24, 18. voxels; give --patch_size '.{wanted}.'"):
+        check_window(net, [20, 24, 18])
+    with pytest.raises(InputError, match="does not take 3 channel"):
+        check_window(net, [16, 48, 32], in_channels=3)
 
 
 def test_untraceable_forward_is_an_error():

@@ -112,6 +112,20 @@ def test_mixture_at_points_equals_the_mixture_there(batch, channels, sizes, size
     assert torch.allclose(m.at_points(features, point_coordinates(index, size), size), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("old, new", [([16, 2], [4, 8]), ([4, 16], [8, 4]), ([4, 16], [4, 4]), ([2, 9, 4], [4, 3, 4])])
+def test_resizing_averages_axes_that_shrink_and_is_linear_along_axes_that_grow(old, new):
+    x = torch.rand(2, 3, *old, dtype=torch.float64)
+    expected = x
+    for axis, (a, b) in enumerate(zip(old, new), 2):
+        y = expected.movedim(axis, -1)
+        if b < a:
+            y = y.unflatten(-1, (b, a // b)).mean(-1)
+        rest = list(y.shape[1:-1])
+        y = slow_linear_up(y.flatten(1, -2)[..., None, :], [1, b])[:, :, 0].unflatten(1, rest)
+        expected = y.movedim(-1, axis)
+    assert torch.allclose(resize(x, new), expected, atol=1e-9)
+
+
 def test_results_do_not_depend_on_memory_format():
     m = Mixture([4, 3], 3, width=4).eval()
     features = [torch.randn(2, 4, 2, 3, 4), torch.randn(2, 3, 4, 6, 8)]

@@ -75,6 +75,10 @@ def test_export_keeps_the_output(backbone, dims):
     net = morse(backbone, dims).eval()
     x = window(dims)
     with torch.no_grad():
+        try:
+            torch.export.export(BACKBONES[backbone](dims).eval(), (x,))
+        except Exception as error:
+            pytest.skip(f"torch {torch.__version__} does not export a bare {backbone}: {type(error).__name__}")
         assert torch.allclose(torch.export.export(net, (x,)).module()(x), net(x), atol=1e-5)
 
 

@@ -4,7 +4,7 @@ Shape shorthand of all docstrings: ``B`` batch, ``C`` channels, ``K`` classes, `
 ``*S`` spatial size, (H, W) or (D, H, W), and ``V`` its product, the number of voxels.
 """
 
-from .decoders import DecoderFeatures, FeatureInfo
+from .decoders import DecoderFeatures, FeatureInfo, check_window
 from .experts import Mixture
 from .morse import Morse, MorseOutput
 from .points import PointSelection
@@ -19,4 +19,5 @@ __all__ = [
     "Morse",
     "MorseOutput",
     "PointSelection",
+    "check_window",
 ]

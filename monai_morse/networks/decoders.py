@@ -8,6 +8,7 @@ no hooks and no hidden state: it scripts, traces, exports, copies and pickles, a
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, List, Tuple
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from monai_morse.errors import InputError
 
-__all__ = ["DecoderFeatures", "FeatureInfo", "decoder_names"]
+__all__ = ["DecoderFeatures", "FeatureInfo", "check_window", "decoder_names"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,52 @@ def decoder_names(backbone: nn.Module) -> List[str]:
         f"the decoder features of {type(backbone).__name__} are not known: give decoder=[names of the submodules whose "
         "outputs they are, coarse to fine]; network.named_modules() lists the names"
     )
+
+
+def _fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
+    """What ``network`` returns for an input of this shape, as fake tensors: shapes without memory or arithmetic."""
+    device = next(network.parameters()).device
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what does not fit
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            return network(torch.empty(list(shape), device=device))
+    finally:
+        log.disabled = was_disabled
+
+
+def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) -> None:
+    """See that a network takes windows of a size, before work starts.
+
+    Args:
+        network: (B, C, *S) -> logits.
+        size: *S, e.g. a bundle's ``patch_size``.
+        in_channels: C, default 1.
+
+    Raises:
+        InputError: when it does not, naming a size close by that it takes, if there is one.
+
+    >>> check_window(BasicUNet(features=(4, 4, 4, 4, 4, 4)), [32, 48, 16])
+    """
+    error: Exception | None = None
+    was_training = network.training
+    network.eval()  # batch and instance normalisation of a single sample
+    try:
+        for multiple in (1, 2, 4, 8, 16, 32, 64):
+            fitting = [-(-s // multiple) * multiple for s in size]
+            try:
+                logits = _fake_run(network, [1, in_channels, *fitting])
+            except Exception as e:
+                error = e
+                continue
+            if list(logits.shape[2:]) != fitting:
+                continue
+            if fitting != list(size):
+                raise InputError(f"the network does not take windows of {list(size)} voxels; give --patch_size '{fitting}'")
+            return
+    finally:
+        network.train(was_training)
+    raise InputError(f"the network does not take {in_channels} channel(s) of {list(size)} voxels: {error}") from error
 
 
 class _Tracer(fx.Tracer):
@@ -168,9 +215,7 @@ class DecoderFeatures(nn.Module):
         error: Exception | None = None
         for length in (32, 64, 96, 128, 224):
             try:
-                with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-                    x = torch.empty(1, conv.in_channels, *[length] * (conv.weight.ndim - 2), device=conv.weight.device)
-                    logits, features = self(x)
+                logits, features = _fake_run(self, [1, conv.in_channels, *[length] * (conv.weight.ndim - 2)])
             except Exception as e:  # the backbone wants a larger window
                 error = e
                 continue

@@ -48,11 +48,12 @@ class PointwiseMLP(nn.Module):
 
 
 def resize(x: Tensor, size: List[int]) -> Tensor:
-    """Resize (B, C, *S) to ``size``: linear upsampling (``align_corners=False``), averaging where it gets smaller."""
-    if list(x.shape[2:]) == size:
+    """Resize (B, C, *S) to ``size``: averaging along the axes that get smaller, then linear (``align_corners=False``)."""
+    smaller = [min(a, b) for a, b in zip(x.shape[2:], size)]
+    if smaller != list(x.shape[2:]):
+        x = F.interpolate(x, smaller, mode="area")
+    if smaller == size:
         return x
-    if x.shape[2] > size[0]:
-        return F.interpolate(x, size, mode="area")
     return F.interpolate(x, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
 
 
