@@ -17,10 +17,10 @@ import torch
 from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 
-from monai_morse.data import msd_cases, msd_class_names, write_phantom, written_whole
+from monai_morse.data import msd_cases, msd_class_names, scan_name, usable_cases, write_phantom, written_whole
 from monai_morse.data.cases import read_listing
 from monai_morse.errors import InputError
-from monai_morse.handlers import CaseReport
+from monai_morse.handlers import mean_of
 from monai_morse.pictures import boundary_picture
 
 __all__ = ["run_demo"]
@@ -42,7 +42,8 @@ def plan(cases: Sequence[dict[str, str]]) -> tuple[list[float], list[int]]:
 
     The finest axes are coarsened until the median volume has at most ``VOXELS`` voxels; the patch covers it up to 56 x 56 x 40.
     """
-    headers = [nib.load(c["image"]).header for c in cases]
+    # the bundle resamples after turning scans to RAS
+    headers = [nib.as_closest_canonical(nib.load(c["image"])).header for c in cases]
     spacing = np.median([h.get_zooms()[:3] for h in headers], axis=0).astype(float)
     extent = np.median([np.multiply(h.get_zooms()[:3], h.get_data_shape()[:3]) for h in headers], axis=0)
     while np.prod(extent / spacing) > VOXELS:
@@ -61,28 +62,19 @@ def _bundle_run(config: str, options: dict) -> None:
         raise InputError("the run above failed; its message says why")
 
 
-def read_report(path: Path) -> dict[str, dict[str, float]]:
-    """Class -> figure -> mean over the cases where it exists, from a ``metrics.csv``; with a row "mean" over the classes."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    figures = (*CaseReport.FIGURES, "seconds")
-    table: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(r["class"] for r in rows):
-        values = {f: [float(r[f]) for r in rows if r["class"] == name and r[f]] for f in figures}
-        table[name] = {f: float(np.mean(v)) if v else math.nan for f, v in values.items()}
-    table["mean"] = {f: float(np.nanmean([c[f] for c in table.values()])) for f in figures}
-    return table
+FIGURES = {"dice": 4, "jaccard": 4, "hd95_mm": 2, "asd_mm": 2, "seconds": 2}  # column of metrics.csv: digits
 
 
-def format_table(reports: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Markdown: a row a system and class, figures as means over cases."""
+def format_table(reports: dict[str, Path]) -> str:
+    """Markdown from each system's ``metrics.csv``: a row a class, figures as means over the cases where they exist."""
     lines = ["| system | class | Dice | Jaccard | 95HD (mm) | ASD (mm) | seconds / scan |", "| --- " * 7 + "|"]
-    for system, report in reports.items():
-        for name, f in report.items():
-            lines.append(
-                f"| {system} | {name} | {f['dice']:.4f} | {f['jaccard']:.4f} | {f['hd95_mm']:.2f} | {f['asd_mm']:.2f} "
-                f"| {f['seconds']:.2f} |"
-            )
+    for system, path in reports.items():
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for name in [*dict.fromkeys(r["class"] for r in rows), "all"]:
+            chosen = [r for r in rows if name in (r["class"], "all")]
+            cells = [mean_of([float(r[f] or math.nan) for r in chosen], digits) for f, digits in FIGURES.items()]
+            lines.append(f"| {' | '.join([system, name, *cells])} |")
     return "\n".join(lines)
 
 
@@ -103,8 +95,8 @@ def _picture(out: Path, configs: list[str], options: dict, case: dict[str, str])
     invert = next(t for t in parser.get_parsed_content("validate#postprocessing").transforms if type(t).__name__ == "Invertd")
     invert.nearest_interp = [True]
     points = np.asarray(invert(item)["pred"][0]) > 0.5
-    name = Path(case["image"]).name
-    predictions = {s: nib.load(out / "runs" / s / "predictions" / name).get_fdata() for s in SYSTEMS}
+    name = scan_name(case["image"])
+    predictions = {s: nib.load(out / "runs" / s / "predictions" / f"{name}.nii.gz").get_fdata() for s in SYSTEMS}
     image = nib.load(case["image"]).get_fdata()
     return boundary_picture(
         out / "demo.png",
@@ -112,7 +104,7 @@ def _picture(out: Path, configs: list[str], options: dict, case: dict[str, str])
         np.asarray(nib.load(case["label"]).dataobj),
         predictions,
         points,
-        title=name.split(".")[0],
+        title=name,
     )
 
 
@@ -136,14 +128,18 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
         if not (data / "dataset.json").is_file():
             write_phantom(data, PATIENTS)
     data = data.resolve()
+    class_names = msd_class_names(data)
+    in_channels = len(read_listing(data).get("modality", {"0": ""}))
     train, held_back = (msd_cases(data, split) for split in ("train", "val"))
+    usable_cases(train + held_back, len(class_names) + 1, in_channels)
     spacing, patch = plan(train + held_back)
     batches = max(1, len(train) // BATCH_SIZE)
     epochs = epochs or max(2, round(ITERATIONS / batches))
     shared = {
         "dataset_dir": str(data),
-        "class_names": msd_class_names(data),
-        "in_channels": len(read_listing(data).get("modality", {"0": ""})),
+        "class_names": class_names,
+        "in_channels": in_channels,
+        "check_data": False,
         "spacing": spacing,
         "patch_size": patch,
         "flip_prob": 0.0,
@@ -160,8 +156,8 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
         before = time.time()
         _bundle_run(configs[0], options)
         minutes[system] = (time.time() - before) / 60
-        _bundle_run(str(configs), {**options, "check_data": False})
-        reports[system] = read_report(run / "metrics.csv")
+        _bundle_run(str(configs), options)
+        reports[system] = run / "metrics.csv"
     table = format_table(reports)
     table += "\n\n" + ", ".join(f"{s} trained {epochs} epochs in {m:.1f} minutes" for s, m in minutes.items())
     table += f"; means over {len(held_back)} scans of patients not trained on"

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
@@ -68,7 +69,7 @@ class RenderSchedule:
 
 
 class EpochSeed:
-    """Seeds every source of randomness with ``seed + epoch`` when an epoch starts.
+    """Seeds every source of randomness from the pair (seed, epoch) when an epoch starts.
 
     An epoch then depends on the weights and optimizer it starts from and on nothing else, so that a killed training, resumed
     from the last epoch's checkpoint, ends with the weights of one that was not killed (on the same machine, CPU).
@@ -86,7 +87,8 @@ class EpochSeed:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        seed = self.seed + engine.state.epoch
+        # a hash, not a sum: epochs of seeds 0, 1, 2, .. would share their numbers
+        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
         # the algorithms stay as the user chose them: only the seeds are set
         flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
         set_determinism(seed)
@@ -100,12 +102,13 @@ def _save(obj: Any, path: Path) -> None:
         torch.save(obj, partial)
 
 
-def _keep_previous(path: Path) -> None:
-    """A file of an earlier training is copied aside before a new training overwrites it."""
+def _keep_earlier(path: Path) -> None:
+    """A file of an earlier training is copied, under the time it was written, before a new training overwrites it."""
     if path.is_file():
-        previous = path.with_name(f"{path.stem}.previous{path.suffix}")
-        shutil.copy2(path, previous)
-        logger.info("kept %s of an earlier training as %s", path.name, previous)
+        written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        kept = path.with_name(f"{path.stem}.{written}{path.suffix}")
+        shutil.copy2(path, kept)
+        logger.info("kept %s of an earlier training as %s", path.name, kept)
 
 
 def _load(path: str | Path, device: torch.device | None = None) -> Any:
@@ -166,14 +169,15 @@ class TrainingState:
 
     Args:
         path: file to write, e.g. ``models/last.pt``.
-        network, optimizer: their states are kept, as are the trainer's epoch and iteration.
+        network, optimizer: their states are kept, as is the trainer's epoch.
         lr_scheduler: a scheduler stepped once an epoch. It is replayed, not kept, so that a resumed training may have more
             epochs or another learning rate.
         evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.
-        resume: go on from ``path`` if it exists; default False, a fresh start, which first copies an existing ``path`` aside.
+        resume: go on from ``path`` if it exists; default False, a fresh start, which first moves an existing ``path`` aside.
+        settings: what must be the same in a resumed training, by name, e.g. ``{"fold": 0, "seed": 0}``; plain values.
 
     Raises:
-        InputError: when the file cannot be read or holds another architecture.
+        InputError: when the file cannot be read, holds another architecture or a training with other settings.
     """
 
     def __init__(
@@ -184,6 +188,7 @@ class TrainingState:
         lr_scheduler: Any = None,
         evaluator: Engine | None = None,
         resume: bool | str = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.network = network
@@ -191,6 +196,7 @@ class TrainingState:
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
         self.resume = flag(resume, "resume")
+        self.settings = dict(settings or {})
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -198,19 +204,26 @@ class TrainingState:
 
     def start(self, engine: Engine) -> None:
         if not self.resume:
-            _keep_previous(self.path)
+            _keep_earlier(self.path)
+            self.path.unlink(missing_ok=True)  # killed before its first epoch ends, this training has nothing to resume
             return
         if not self.path.is_file():
             logger.info("nothing to resume at %s: starting from the beginning", self.path)
             return
         state = _load(self.path, engine.state.device)
-        if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "iteration"} <= state.keys():
+        if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "settings"} <= state.keys():
             raise InputError(f"{self.path} holds weights alone, no training to resume; start without --resume")
+        for name in self.settings:
+            if state["settings"].get(name) != self.settings[name]:
+                raise InputError(
+                    f"{self.path} is a training with {name} {state['settings'].get(name)!r}, not {self.settings[name]!r}; "
+                    "resume it with that, or start without --resume"
+                )
         _load_network(self.network, state["model"], self.path)
         self._load_optimizer(state["optimizer"], state["epoch"])
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
-        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+        engine.state.epoch, engine.state.iteration = state["epoch"], state["epoch"] * engine.state.epoch_length
         if self.evaluator is not None:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
@@ -232,7 +245,7 @@ class TrainingState:
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "epoch": engine.state.epoch,
-            "iteration": engine.state.iteration,
+            "settings": self.settings,
         }
         if self.evaluator is not None:
             state["best_metric"] = float(self.evaluator.state.best_metric)
@@ -244,7 +257,7 @@ class BestModel:
     """Saves the network's weights, alone, whenever the evaluator's key metric is its best so far; attach to the evaluator.
 
     Args:
-        path: file to write, e.g. ``models/model.pt``; one of an earlier training is copied aside first.
+        path: file to write, e.g. ``models/model.pt``; one of an earlier training is kept, under the time it was written.
         network: the network.
     """
 
@@ -253,12 +266,12 @@ class BestModel:
         self.network = network
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED(once=1), self.start)
+        engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def start(self, engine: Engine) -> None:
-        if engine.state.best_metric_epoch == -1:  # else this training was resumed, and the file is its own
-            _keep_previous(self.path)
+        if engine.state.best_metric_epoch == -1:  # else the file is of this training
+            _keep_earlier(self.path)
 
     def __call__(self, engine: Engine) -> None:
         if engine.state.best_metric_epoch != engine.state.epoch:
@@ -288,12 +301,26 @@ class ClassMetrics:
             engine.state.metrics[f"{self.metric}_{name}"] = float(mean)
 
 
+def mean_of(values: Sequence[float], digits: int) -> str:
+    """Mean of the finite values, saying how many they are where that is not all.
+
+    >>> mean_of([1.0, 2.0], 1), mean_of([1.0, math.nan], 1), mean_of([math.nan], 1)
+    ('1.5', '1.0 (1 of 2)', '-')
+    """
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return "-"
+    mean = f"{sum(finite) / len(finite):.{digits}f}"
+    return mean if len(finite) == len(values) else f"{mean} ({len(finite)} of {len(values)})"
+
+
 class CaseReport:
     """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD (mm) on the label's own grid, and seconds.
 
-    The figures are MONAI's: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. A
-    distance that does not exist, because prediction or label is empty, is left blank. Expects decollated outputs with
-    one-hot ``pred`` and ``label``; logs the mean of each figure at the end.
+    The figures are MONAI's: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. Where only
+    the prediction or only the label is empty, Dice and Jaccard are 0 and the distances, which do not exist, are left blank;
+    where both are, all are. Expects one-hot ``pred`` and ``label`` in the engine's output. Each case is written when it is
+    done; the means are logged at the end, with how many cases they are of where that is not all.
 
     Args:
         path: the CSV file.
@@ -318,7 +345,7 @@ class CaseReport:
         engine.add_event_handler(Events.ITERATION_STARTED, self._start_clock)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop_clock)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
-        engine.add_event_handler(Events.COMPLETED, self._write)
+        engine.add_event_handler(Events.COMPLETED, self._log)
 
     def _start_clock(self, engine: Engine) -> None:
         self.started = time.perf_counter()
@@ -328,36 +355,38 @@ class CaseReport:
 
     def _add(self, engine: Engine) -> None:
         outputs = engine.state.output
-        for output in outputs if isinstance(outputs, list) else decollate_batch(outputs):
+        outputs = outputs if isinstance(outputs, list) else decollate_batch(outputs)
+        for output in outputs:
             label = output[self.label_key]
             spacing = label.pixdim.tolist() if hasattr(label, "pixdim") else 1.0
-            name = os.path.basename(str(label.meta.get("filename_or_obj", ""))) if hasattr(label, "meta") else ""
+            # the image's name: phases of one patient share a label
+            name = os.path.basename(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
             pred, truth = (torch.as_tensor(output[k]).as_subclass(torch.Tensor)[None] for k in ("pred", self.label_key))
             figures = (
-                compute_dice(pred, truth, include_background=False),
-                compute_iou(pred, truth, include_background=False),
+                compute_dice(pred, truth, include_background=False, ignore_empty=False),
+                compute_iou(pred, truth, include_background=False, ignore_empty=False),
                 compute_hausdorff_distance(pred, truth, percentile=95, spacing=spacing),
                 compute_average_surface_distance(pred, truth, symmetric=True, spacing=spacing),
             )
+            exists = (pred + truth)[0, 1:].flatten(1).any(1)
             for c, class_name in enumerate(self.class_names):
                 row: dict[str, Any] = {"case": name.removesuffix(".gz").removesuffix(".nii"), "class": class_name}
-                row.update({f: float(v[0, c]) for f, v in zip(self.FIGURES, figures)})
+                row.update({f: float(v[0, c]) if exists[c] else math.nan for f, v in zip(self.FIGURES, figures)})
                 row["seconds"] = self.seconds / len(outputs)
                 self.rows.append(row)
 
-    def _write(self, engine: Engine) -> None:
         with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, "seconds"])
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({k: self._cell(v) for k, v in row.items()})
+
+    def _log(self, engine: Engine) -> None:
         for class_name in self.class_names:
-            means = []
-            for figure in self.FIGURES:
-                values = [r[figure] for r in self.rows if r["class"] == class_name and math.isfinite(r[figure])]
-                means.append(f"{figure} {sum(values) / len(values):.4f}" if values else f"{figure} -")
+            rows = [r for r in self.rows if r["class"] == class_name]
+            means = [f"{figure} {mean_of([r[figure] for r in rows], 4)}" for figure in self.FIGURES]
             logger.info("%s: %s", class_name, ", ".join(means))
-        logger.info("figures of %d cases in %s", len({r["case"] for r in self.rows}), self.path)
+        logger.info("figures of %d cases in %s", len(self.rows) // len(self.class_names), self.path)
 
     @staticmethod
     def _cell(value: Any) -> Any:

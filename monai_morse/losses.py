@@ -40,7 +40,9 @@ class MorseLoss(nn.Module):
     """``0.5 * cross-entropy + 0.5 * Dice`` on the coarse logits, plus ``weight`` times the cross-entropy at the points.
 
     Takes what ``Morse(x, return_points=True)`` returns; plain logits are supervised alone, so the same configuration trains
-    the bare backbone.
+    the bare backbone. At weight 0 the rendering term is left out, not multiplied by 0: gradients of exactly 0 would still
+    count as steps of Adam and shrink the renderer's weights. (DistributedDataParallel then needs
+    ``find_unused_parameters=True``.)
 
     Args:
         weight: lambda_t, default 0; :class:`monai_morse.handlers.RenderSchedule` sets it before each iteration.
@@ -62,7 +64,7 @@ class MorseLoss(nn.Module):
         binary = coarse.shape[1] == 1
         supervised = DiceCELoss(softmax=not binary, sigmoid=binary, to_onehot_y=not binary, lambda_dice=0.5, lambda_ce=0.5)
         loss: Tensor = supervised(coarse.float(), target.float() if binary else target)
-        if not isinstance(output, MorseOutput) or output.point_index.shape[1] == 0:
+        if not isinstance(output, MorseOutput) or output.point_index.shape[1] == 0 or self.weight == 0:
             return loss
         logits = output.point_logits.float()
         labels = gather_points(target, output.point_index)[:, 0]

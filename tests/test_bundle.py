@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from monai_morse.data import msd_cases
+from monai_morse.errors import find_input_error
 
 BUNDLE = ROOT / "bundles" / "hippocampus_mri_morse"
 CONFIGS = BUNDLE / "configs"
@@ -59,7 +60,7 @@ def test_training_leaves_best_and_last_weights_and_tells_each_class(trained):
     best = torch.load(out / "model.pt", weights_only=True)
     last = torch.load(out / "last.pt", weights_only=True)
     assert best.keys() == last["model"].keys()
-    assert last["epoch"] == 2 and last["iteration"] == 4
+    assert last["epoch"] == 2 and last["settings"]["fold"] == 0
     assert "val_mean_dice_anterior" in log and "val_mean_dice_posterior" in log
     assert log.count("-- train_loss: ") == 2  # a line an epoch
     curves = EventAccumulator(str(out)).Reload()
@@ -140,6 +141,13 @@ def no_data(data):
     return {"dataset_dir": data / "nowhere"}
 
 
+def label_out_of_range(data):
+    path = data / "labelsTr/case_2.nii.gz"
+    label = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj) + np.uint8(1), label.affine), path)
+    return {}
+
+
 def broken_file(data):
     (data / "labelsTr/case_3.nii.gz").write_bytes(b"")
     return {}
@@ -151,7 +159,12 @@ ERRORS = {
     "unknown experts": (lambda d: {"experts": "sparse"}, "experts must be one of .*'sparse'"),
     "unknown renderer": (lambda d: {"renderer": "nerf"}, "renderer must be one of .*'nerf'"),
     "unknown schedule": (lambda d: {"schedule": "linear"}, "schedule must be one of .*'linear'"),
-    "too few classes": (lambda d: {"class_names": "['all']"}, "labels \\[2.0\\] are outside 0 to 1"),
+    "label out of range": (label_out_of_range, "case_2.nii.gz: labels \\[3.0\\] are outside 0 to 2"),
+    "too few classes": (lambda d: {"class_names": "['all']"}, "class_names must be a list of 2 names"),
+    "names of no list": (lambda d: {"class_names": "anterior"}, "class_names must be a list of 2 names"),
+    "patch of no size": (lambda d: {"patch_size": "[10,10,10]"}, "does not take windows.*--patch_size '.16, 16, 16.'"),
+    "nowhere to write": (lambda d: {"output_dir": d / "dataset.json" / "out"}, "cannot write to .*dataset.json/out"),
+    "other settings": (lambda d: {"resume": "true", "fold": 1}, "training with fold 0, not 1"),
     "other checkpoint": (lambda d: {"resume": "true", "experts": "none", "renderer": "none"}, "another arch.*--experts"),
 }
 
@@ -165,7 +178,8 @@ def test_bad_input_ends_before_training_with_one_clear_message(name, trained, tm
     for file in ("model.pt", "last.pt"):
         (out / file).write_bytes((trained[1] / file).read_bytes())
     before = {f: (out / f).read_bytes() for f in ("model.pt", "last.pt")}
-    options = {"dataset_dir": data, "ckpt_dir": out, "output_dir": out, "max_epochs": 3, **TINY, **prepare(data)}
+    options = {"dataset_dir": data, "ckpt_dir": out, "output_dir": out, "max_epochs": 3, **TINY}
+    options.update(prepare(data))
     done = run("train.yaml", **options)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
@@ -188,6 +202,23 @@ def test_every_cell_trains_from_the_command_lines_words(experts, renderer, msd, 
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     own = {k.split(".")[0] for k in state}
     assert ("mixture" in own) == (experts != "none") and ("renderer" in own) == (renderer != "none")
+
+
+def test_datasets_from_elsewhere_train_without_a_listing_and_the_last_epoch_is_validated(msd, tmp_path):
+    cases = msd_cases(msd, "all")  # as MONAI Label gives them, with a dataset_dir of its own
+    words = {"bundle_root": str(BUNDLE), "dataset_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    words |= {"train#dataset#data": cases[:4], "validate#dataset#data": cases[4:], "train#trainer#max_epochs": 3}
+    words |= {"val_interval": 2, "patch_size": [16, 16, 16], "device": "$torch.device('cpu')"}
+    workflow = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", logging_file=False, meta_file=None, **words)
+    workflow.initialize()
+    workflow.run()
+    curves = EventAccumulator(str(tmp_path)).Reload().Scalars("val_mean_dice")
+    assert [p.step for p in curves] == [2, 3]
+    (msd / "labelsTr/case_5.nii.gz").unlink()
+    broken = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", logging_file=False, meta_file=None, **words)
+    with pytest.raises(Exception) as caught:
+        broken.initialize()
+    assert "case_5.nii.gz" in str(find_input_error(caught.value))
 
 
 @pytest.mark.parametrize("config, kind", [("train.yaml", "train"), ("inference.yaml", "infer")])

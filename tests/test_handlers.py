@@ -8,7 +8,9 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
+from monai.handlers import MeanDice
 
 from monai_morse import InputError, MorseLoss
 from monai_morse.handlers import BestModel, CaseReport, ClassMetrics, EpochSeed, RenderSchedule, TrainingState, WeightsLoader
@@ -39,7 +41,7 @@ def test_lambda_follows_the_trainers_iterations_across_a_resume():
 
 
 def test_epochs_draw_the_same_numbers_wherever_training_starts():
-    def draw(start):
+    def draw(start, seed=5):
         drawn = {}
 
         def step(engine, batch):
@@ -47,7 +49,7 @@ def test_epochs_draw_the_same_numbers_wherever_training_starts():
             drawn.setdefault(engine.state.epoch, []).append(numbers)
 
         engine = Engine(step)
-        EpochSeed(seed=5).attach(engine)
+        EpochSeed(seed).attach(engine)
         start_after(engine, epoch=start, length=3)
         engine.run([0] * 3, max_epochs=4)
         return drawn
@@ -55,6 +57,7 @@ def test_epochs_draw_the_same_numbers_wherever_training_starts():
     whole = draw(0)
     assert draw(2) == {e: whole[e] for e in (3, 4)}
     assert len({str(v) for v in whole.values()}) == 4
+    assert not {str(v) for v in whole.values()} & {str(v) for v in draw(0, seed=6).values()}  # neighbours share nothing
 
 
 class Evaluator(Engine):
@@ -66,7 +69,7 @@ class Evaluator(Engine):
         self.state.key_metric_name = "dice"
 
 
-def training(tmp_path, resume, epochs, evaluator=None):
+def training(tmp_path, resume, epochs, evaluator=None, settings=None):
     torch.manual_seed(0)
     net = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
@@ -81,7 +84,7 @@ def training(tmp_path, resume, epochs, evaluator=None):
     engine.state.device = torch.device("cpu")
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: scheduler.step())
     EpochSeed(0).attach(engine)
-    TrainingState(tmp_path / "last.pt", net, optimizer, scheduler, evaluator, resume).attach(engine)
+    TrainingState(tmp_path / "last.pt", net, optimizer, scheduler, evaluator, resume, settings).attach(engine)
     engine.run([0] * 3, max_epochs=epochs)
     return net
 
@@ -106,7 +109,23 @@ def test_a_fresh_start_keeps_the_earlier_training(tmp_path):
     training(tmp_path, False, 2)
     before = (tmp_path / "last.pt").read_bytes()
     training(tmp_path, "false", 1)
-    assert (tmp_path / "last.previous.pt").read_bytes() == before
+    (kept,) = tmp_path.glob("last.2*.pt")
+    assert kept.read_bytes() == before
+
+
+def test_a_fresh_start_leaves_nothing_of_another_training_to_resume(tmp_path):
+    training(tmp_path, False, 2)
+    engine = Engine(lambda engine, batch: engine.terminate())  # ends before its first epoch does
+    TrainingState(tmp_path / "last.pt", torch.nn.Linear(2, 2), None).start(engine)
+    assert not (tmp_path / "last.pt").exists() and len(list(tmp_path.glob("last.2*.pt"))) == 1
+
+
+def test_resume_of_a_training_with_other_settings_is_an_error(tmp_path):
+    settings = {"fold": 0, "class_names": ["a", "b"]}
+    training(tmp_path, False, 2, settings=settings)
+    training(tmp_path, True, 3, settings=settings)
+    with pytest.raises(InputError, match="last.pt is a training with fold 0, not 1"):
+        training(tmp_path, True, 4, settings={**settings, "fold": 1})
 
 
 def test_resume_without_a_file_starts_and_of_a_finished_training_says_so(tmp_path):
@@ -147,17 +166,20 @@ def test_best_model_is_saved_only_when_better(tmp_path):
     assert saved == [1, 1, 3]
 
 
-def test_an_earlier_trainings_model_is_kept(tmp_path):
+@pytest.mark.parametrize("interval", [1, 2, 10])
+def test_an_earlier_trainings_model_is_kept_and_its_own_is_not(tmp_path, interval):
     (tmp_path / "model.pt").write_bytes(b"shipped")
-    engine = Evaluator()
-    handler = BestModel(tmp_path / "model.pt", torch.nn.Linear(2, 2))
-    handler.start(engine)
-    for epoch in (5, 10):
-        engine.state.epoch = engine.state.best_metric_epoch = epoch
-        engine.state.best_metric = epoch / 100
-        handler(engine)
-    handler.start(engine)  # a resumed training's: its own model is no earlier one
-    assert (tmp_path / "model.previous.pt").read_bytes() == b"shipped"
+    net = torch.nn.Linear(2, 2)
+    data = [{"image": torch.zeros(1, 2), "label": torch.zeros(1, 1)}]
+    metric = MeanDice(output_transform=lambda output: ([torch.ones(1, 2)], [torch.ones(1, 2)]))
+    evaluator = SupervisedEvaluator(
+        "cpu", data, net, key_val_metric={"dice": metric}, val_handlers=[BestModel(tmp_path / "model.pt", net)]
+    )
+    for epoch in range(interval, 3 * interval + 1, interval):
+        evaluator.run(epoch)
+    (kept,) = tmp_path.glob("model.2*.pt")
+    assert kept.read_bytes() == b"shipped"
+    assert torch.load(tmp_path / "model.pt", weights_only=True).keys() == net.state_dict().keys()
 
 
 def load(path, net):
@@ -204,15 +226,52 @@ def test_case_report_in_mm_by_hand(tmp_path):
     pred[2:6, 2:6, 3:7] = 1  # shifted by one voxel along the axis of 3 mm
     affine = torch.diag(torch.tensor([1.0, 1.0, 3.0, 1.0]))
     label = MetaTensor(one_hot(truth), affine=affine, meta={"filename_or_obj": "/data/case_7.nii.gz"})
-    engine = Engine(lambda engine, batch: [{"pred": MetaTensor(one_hot(pred), affine=affine), "label": label}])
+    image = MetaTensor(truth[None], affine=affine, meta={"filename_or_obj": "/data/case_7_arterial.nii.gz"})
+    output = {"image": image, "pred": MetaTensor(one_hot(pred), affine=affine), "label": label}
+    engine = Engine(lambda engine, batch: [output])
     engine.register_events(*IterationEvents)
     CaseReport(tmp_path / "metrics.csv", ["one", "two"]).attach(engine)
     engine.run([0])
     with open(tmp_path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["case"], r["class"]) for r in rows] == [("case_7", "one"), ("case_7", "two")]
+    assert [(r["case"], r["class"]) for r in rows] == [("case_7_arterial", "one"), ("case_7_arterial", "two")]
     assert float(rows[0]["dice"]) == pytest.approx(2 * 48 / 128)
     assert float(rows[0]["jaccard"]) == pytest.approx(48 / 80)
     assert float(rows[0]["hd95_mm"]) == pytest.approx(3.0)
     assert 0 < float(rows[0]["asd_mm"]) < 3
-    assert rows[1]["hd95_mm"] == rows[1]["asd_mm"] == ""  # nothing there: no distance, not a zero
+    assert [rows[1][f] for f in CaseReport.FIGURES] == [""] * 4  # nothing there, nothing found: no figure
+
+
+@pytest.mark.parametrize("missing", ["pred", "label"])
+def test_a_class_missed_or_made_up_is_a_dice_of_zero_without_a_distance(tmp_path, missing, caplog):
+    label = torch.zeros(8, 8, 8)
+    label[2:6, 2:6, 2:6] = 1
+    full = {k: MetaTensor(one_hot(label)) for k in ("pred", "label")}
+    outputs = iter([full, {**full, missing: MetaTensor(one_hot(torch.zeros(8, 8, 8)))}])
+    engine = Engine(lambda engine, batch: [next(outputs)])
+    engine.register_events(*IterationEvents)
+    CaseReport(tmp_path / "metrics.csv", ["one", "two"]).attach(engine)
+    with caplog.at_level("INFO"):
+        engine.run([0, 0])
+    with open(tmp_path / "metrics.csv") as file:
+        row = list(csv.DictReader(file))[2]
+    assert float(row["dice"]) == float(row["jaccard"]) == 0
+    assert row["hd95_mm"] == row["asd_mm"] == ""
+    assert "one: dice 0.5000, jaccard 0.5000, hd95_mm 0.0000 (1 of 2)" in caplog.text
+
+
+def test_figures_of_the_cases_done_survive_a_crash(tmp_path):
+    label = MetaTensor(one_hot(torch.ones(8, 8, 8)))
+
+    def step(engine, batch):
+        if batch:
+            raise RuntimeError("disk on fire")
+        return [{"pred": label, "label": label}]
+
+    engine = Engine(step)
+    engine.register_events(*IterationEvents)
+    CaseReport(tmp_path / "metrics.csv", ["one", "two"]).attach(engine)
+    with pytest.raises(RuntimeError):
+        engine.run([0, 1])
+    with open(tmp_path / "metrics.csv") as file:
+        assert len(list(csv.DictReader(file))) == 2

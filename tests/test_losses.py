@@ -44,6 +44,15 @@ def test_total_loss_equals_its_definition(batch, classes, size):
     assert total.item() == pytest.approx(expected + 0.3 * rendered, abs=1e-5)
 
 
+def test_at_weight_zero_the_points_get_no_gradient_not_one_of_zero():
+    coarse, points = torch.randn(1, 3, 4, 5, requires_grad=True), torch.randn(1, 3, 6, requires_grad=True)
+    output, target = MorseOutput(coarse, points, torch.arange(6)[None]), torch.randint(0, 3, (1, 1, 4, 5))
+    MorseLoss(weight=0.0)(output, target).backward()
+    assert points.grad is None and coarse.grad is not None
+    MorseLoss(weight=0.1)(output, target).backward()
+    assert points.grad is not None
+
+
 def test_one_class_channel_is_a_sigmoid():
     logits, target = torch.randn(2, 1, 4, 5), torch.randint(0, 2, (2, 1, 4, 5)).float()
     index = torch.randint(0, 20, (2, 6))
