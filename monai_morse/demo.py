@@ -48,7 +48,7 @@ def plan(cases: Sequence[dict[str, str]]) -> tuple[list[float], list[int]]:
     extent = np.median([np.multiply(h.get_zooms()[:3], h.get_data_shape()[:3]) for h in headers], axis=0)
     while np.prod(extent / spacing) > VOXELS:
         spacing[spacing.argmin()] *= 1.1
-    patch = [min(cap, 8 * math.ceil(n / 8)) for n, cap in zip(extent / spacing, (56, 56, 40))]
+    patch = [max(16, min(cap, 8 * math.ceil(n / 8))) for n, cap in zip(extent / spacing, (56, 56, 40))]
     return [round(float(s), 3) for s in spacing], patch
 
 
