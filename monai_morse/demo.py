@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -125,7 +126,7 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
     out = out.resolve()
     if data is None:
         data = out / "phantom"
-        if not (data / "dataset.json").is_file():
+        if not (data / "dataset.json").is_file() or not read_listing(data).get("training"):
             write_phantom(data, PATIENTS)
     data = data.resolve()
     class_names = msd_class_names(data)
@@ -152,6 +153,7 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
     configs = [str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "evaluate")]
     for system, words in SYSTEMS.items():
         run = out / "runs" / system
+        shutil.rmtree(run, ignore_errors=True)  # an earlier demo's
         options = {**shared, **words, "ckpt_dir": str(run), "output_dir": str(run)}
         before = time.time()
         _bundle_run(configs[0], options)
@@ -160,7 +162,7 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
         reports[system] = run / "metrics.csv"
     table = format_table(reports)
     table += "\n\n" + ", ".join(f"{s} trained {epochs} epochs in {m:.1f} minutes" for s, m in minutes.items())
-    table += f"; means over {len(held_back)} scans of patients not trained on"
+    table += f"; means over {len(held_back)} scans of patients not trained on, which chose the epoch"
     with written_whole(out / "table.md") as partial:
         partial.write_text(table + "\n")
     picture = _picture(out, configs, options, held_back[0])

@@ -77,9 +77,14 @@ class EpochSeed:
     Args:
         seed: default 0.
         transform: the training data's random transform.
+
+    Raises:
+        InputError: when the seed is no integer from 0 on.
     """
 
     def __init__(self, seed: int = 0, transform: Randomizable | None = None) -> None:
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seed must be an integer from 0 on, got {seed!r}")
         self.seed = seed
         self.transform = transform
 
@@ -121,19 +126,19 @@ def _load(path: str | Path, device: torch.device | None = None) -> Any:
 
 
 def _load_network(network: nn.Module, state: Any, path: str | Path) -> None:
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        wanted = network.state_dict()
-        given = state if isinstance(state, Mapping) else {}
-        missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
-        shapes = [k for k in wanted.keys() & given.keys() if getattr(given[k], "shape", None) != wanted[k].shape]
+    # compared first: load_state_dict copies what fits before it complains of what does not
+    wanted = network.state_dict()
+    given = state if isinstance(state, Mapping) else {}
+    missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+    shapes = [k for k in wanted.keys() & given.keys() if getattr(given[k], "shape", None) != wanted[k].shape]
+    if missing or extra or shapes:
         examples = ", ".join([*sorted(missing)[:2], *sorted(extra)[:2], *sorted(shapes)[:2]])
         raise InputError(
             f"{path} is a checkpoint of another architecture: {len(missing)} entries missing, {len(extra)} unknown, "
             f"{len(shapes)} of another shape (e.g. {examples}); give the --experts, --renderer and network options that it "
             "was trained with, or another checkpoint"
-        ) from error
+        )
+    network.load_state_dict(given)
 
 
 class WeightsLoader:
@@ -173,7 +178,8 @@ class TrainingState:
         lr_scheduler: a scheduler stepped once an epoch. It is replayed, not kept, so that a resumed training may have more
             epochs or another learning rate.
         evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.
-        resume: go on from ``path`` if it exists; default False, a fresh start, which first moves an existing ``path`` aside.
+        resume: go on from ``path`` if it exists; default False, a fresh start, which first renames an existing ``last.pt`` to
+            ``last.previous.pt``.
         settings: what must be the same in a resumed training, by name, e.g. ``{"fold": 0, "seed": 0}``; plain values.
 
     Raises:
@@ -196,7 +202,7 @@ class TrainingState:
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
         self.resume = flag(resume, "resume")
-        self.settings = dict(settings or {})
+        self.settings = {k: list(v) if isinstance(v, tuple) else v for k, v in (settings or {}).items()}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -204,8 +210,10 @@ class TrainingState:
 
     def start(self, engine: Engine) -> None:
         if not self.resume:
-            _keep_earlier(self.path)
-            self.path.unlink(missing_ok=True)  # killed before its first epoch ends, this training has nothing to resume
+            if self.path.is_file():  # moved: killed before its first epoch ends, this training has nothing to resume
+                previous = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
+                os.replace(self.path, previous)
+                logger.info("an earlier training's %s is now %s", self.path.name, previous)
             return
         if not self.path.is_file():
             logger.info("nothing to resume at %s: starting from the beginning", self.path)
@@ -219,10 +227,10 @@ class TrainingState:
                     f"{self.path} is a training with {name} {state['settings'].get(name)!r}, not {self.settings[name]!r}; "
                     "resume it with that, or start without --resume"
                 )
-        _load_network(self.network, state["model"], self.path)
-        self._load_optimizer(state["optimizer"], state["epoch"])
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
+        _load_network(self.network, state["model"], self.path)
+        self._load_optimizer(state["optimizer"], state["epoch"])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["epoch"] * engine.state.epoch_length
         if self.evaluator is not None:
             self.evaluator.state.best_metric = state["best_metric"]

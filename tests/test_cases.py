@@ -170,6 +170,13 @@ def test_nothing_usable_is_an_error_even_when_skipping(msd):
         usable_cases(msd_cases(msd, "all"), 3, skip=True)
 
 
+def test_cases_of_another_kind_are_named_too(msd):
+    case = msd_cases(msd, "all")[0]
+    for odd in ({"label": case["label"]}, {"image": [case["image"]] * 2, "label": case["label"]}):
+        with pytest.raises(InputError, match="(?s)1 of 2 cases.*case_0.*one readable file a case"):
+            usable_cases([case, odd], 3)
+
+
 def test_good_cases_pass_and_float_labels_are_fine(msd):
     save(msd / "labelsTr/case_0.nii.gz", np.ones((20, 24, 18)))
     cases = msd_cases(msd, "all")
@@ -199,7 +206,7 @@ def test_scans_in_a_file_a_folder_or_its_images_ts(msd):
 
 def test_folders_are_made_and_tried_before_work_starts(tmp_path):
     check_writable(tmp_path / "a" / "b", tmp_path)
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    assert list((tmp_path / "a" / "b").iterdir()) == [] and [p.name for p in tmp_path.iterdir()] == ["a"]
     (tmp_path / "file").write_text("kept")
     with pytest.raises(InputError, match="cannot write to .*file.*--output_dir"):
         check_writable(tmp_path / "file" / "run")

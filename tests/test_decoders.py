@@ -44,7 +44,9 @@ def test_state_dict_is_the_backbones_under_one_prefix(name):
 
 def test_backbone_keeps_its_training_mode():
     backbone = BACKBONES["BasicUNet"](2).train()
-    assert DecoderFeatures(backbone).backbone.training
+    backbone.conv_0.eval()
+    features = DecoderFeatures(backbone)
+    assert features.backbone.training and features.backbone.down_1.training and not features.backbone.conv_0.training
 
 
 def test_wrong_name_says_which_exist():
@@ -83,12 +85,17 @@ def test_windows_that_do_not_fit_are_errors_with_one_that_does(name, wanted, wra
     net = BACKBONES[name](3)
     net = Morse(net, mixture={"width": 4}, head={"width": 4}) if wrap else net
     net.train()
-    check_window(net, [16, 48, 32])
-    assert net.training
+    next(net.children()).eval()  # a frozen part
+    modes = [m.training for m in net.modules()]
+    check_window(net, [32, 48, 32])
+    assert [m.training for m in net.modules()] == modes
     with pytest.raises(InputError, match=f"of .20, 24, 18. voxels; give --patch_size '.{wanted}.'"):
         check_window(net, [20, 24, 18])
     with pytest.raises(InputError, match="does not take 3 channel"):
-        check_window(net, [16, 48, 32], in_channels=3)
+        check_window(net, [32, 48, 32], in_channels=3)
+    for size in (32, "32", [32.0, 32, 32], [0, 32, 32]):
+        with pytest.raises(InputError, match="patch_size must be a list of positive numbers"):
+            check_window(net, size)
 
 
 def test_untraceable_forward_is_an_error():

@@ -60,6 +60,12 @@ def test_epochs_draw_the_same_numbers_wherever_training_starts():
     assert not {str(v) for v in whole.values()} & {str(v) for v in draw(0, seed=6).values()}  # neighbours share nothing
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, None, "x"])
+def test_a_seed_that_cannot_be_one_is_an_error_at_once(seed):
+    with pytest.raises(InputError, match="seed must be an integer"):
+        EpochSeed(seed)
+
+
 class Evaluator(Engine):
     """An evaluator with a best metric, as MONAI's."""
 
@@ -109,23 +115,23 @@ def test_a_fresh_start_keeps_the_earlier_training(tmp_path):
     training(tmp_path, False, 2)
     before = (tmp_path / "last.pt").read_bytes()
     training(tmp_path, "false", 1)
-    (kept,) = tmp_path.glob("last.2*.pt")
-    assert kept.read_bytes() == before
+    assert (tmp_path / "last.previous.pt").read_bytes() == before
 
 
 def test_a_fresh_start_leaves_nothing_of_another_training_to_resume(tmp_path):
     training(tmp_path, False, 2)
     engine = Engine(lambda engine, batch: engine.terminate())  # ends before its first epoch does
     TrainingState(tmp_path / "last.pt", torch.nn.Linear(2, 2), None).start(engine)
-    assert not (tmp_path / "last.pt").exists() and len(list(tmp_path.glob("last.2*.pt"))) == 1
+    assert os.listdir(tmp_path) == ["last.previous.pt"]
 
 
 def test_resume_of_a_training_with_other_settings_is_an_error(tmp_path):
     settings = {"fold": 0, "class_names": ["a", "b"]}
     training(tmp_path, False, 2, settings=settings)
     training(tmp_path, True, 3, settings=settings)
+    training(tmp_path, True, 4, settings={**settings, "class_names": ("a", "b")})  # as a command line gives lists
     with pytest.raises(InputError, match="last.pt is a training with fold 0, not 1"):
-        training(tmp_path, True, 4, settings={**settings, "fold": 1})
+        training(tmp_path, True, 5, settings={**settings, "fold": 1})
 
 
 def test_resume_without_a_file_starts_and_of_a_finished_training_says_so(tmp_path):
@@ -200,6 +206,11 @@ def test_weights_load_plain_or_under_model_and_fail_with_a_reason(tmp_path):
         load(tmp_path / "w.pt", torch.nn.Linear(4, 5))
     with pytest.raises(InputError, match="2 entries missing, 2 unknown"):
         load(tmp_path / "w.pt", torch.nn.Sequential(torch.nn.Linear(3, 2)))
+    bias = torch.nn.Linear(4, 2)
+    before = bias.bias.clone()
+    with pytest.raises(InputError, match="1 of another shape"):
+        load(tmp_path / "w.pt", bias)
+    assert torch.equal(bias.bias, before)  # all or none
     with pytest.raises(InputError, match="no checkpoint at .*nowhere"):
         load(tmp_path / "nowhere.pt", source)
     (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:200])

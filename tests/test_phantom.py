@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from monai_morse import InputError
+from monai_morse.data import msd_cases
 from monai_morse.data.phantom import CLASSES, PHASES, Patient, write_phantom
 
 COARSE = (7.0, 7.0, 9.0)
@@ -31,12 +32,25 @@ def test_byte_identical_on_rerun_and_different_with_another_seed(phantom, tmp_pa
     assert all(other[p] != h for p, h in again.items() if p.suffix == ".gz")
 
 
-def test_a_smaller_phantom_replaces_a_larger_one_whole_and_a_killed_one_is_no_obstacle(tmp_path):
-    write_phantom(tmp_path / "a", patients=2, spacing=(30.0, 30.0, 30.0))
-    (tmp_path / ".partial-a" / "imagesTr").mkdir(parents=True)  # what a kill leaves
-    write_phantom(tmp_path / "a", patients=1, spacing=(30.0, 30.0, 30.0))
-    assert len(list((tmp_path / "a").rglob("*.nii.gz"))) == 4
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+def test_a_smaller_phantom_replaces_a_larger_one_and_nothing_else(tmp_path):
+    write_phantom(tmp_path, patients=2, spacing=(30.0, 30.0, 30.0))
+    (tmp_path / "notes.txt").write_text("mine")
+    write_phantom(tmp_path, patients=1, spacing=(30.0, 30.0, 30.0))
+    assert len(list(tmp_path.rglob("*.nii.gz"))) == 4
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_killed_phantom_lists_no_case_and_is_no_obstacle(tmp_path, monkeypatch):
+    def kill(self, *args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Patient, "render", kill)
+        write_phantom(tmp_path, patients=1, spacing=(30.0, 30.0, 30.0))
+    with pytest.raises(InputError, match="lists no training cases"):
+        msd_cases(tmp_path)
+    write_phantom(tmp_path, patients=1, spacing=(30.0, 30.0, 30.0))
+    assert len(msd_cases(tmp_path, "all")) == 3
 
 
 def test_layout_is_msd_with_three_phases_on_one_oblique_anisotropic_grid(phantom):

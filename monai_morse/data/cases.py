@@ -187,7 +187,8 @@ def usable_cases(
         try:
             problem = find_problem(case, num_classes, in_channels)
         except Exception as error:  # whatever else one file does, the others are usable
-            problem = f"{case['image']}: cannot be checked ({type(error).__name__}: {error}); repair or remove the case"
+            found = f"{type(error).__name__}: {error}"
+            problem = f"{case.get('image', case)}: cannot be checked ({found}); one readable file a case is needed"
         if problem is None:
             good.append(dict(case))
         else:

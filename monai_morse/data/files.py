@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +77,8 @@ def check_writable(*folders: str | Path) -> None:
     """
     for folder in folders:
         try:
-            with written_whole(Path(folder) / "probe") as partial:
-                partial.touch()
-            (Path(folder) / "probe").unlink()
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise InputError(f"cannot write to {folder} ({error.strerror}); give another --ckpt_dir or --output_dir") from error
 

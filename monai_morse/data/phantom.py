@@ -8,8 +8,6 @@ field and Rician noise. Grids are anisotropic and oblique, as scanners make them
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from tqdm import tqdm
 from monai_morse.errors import InputError
 
 from .cases import read_listing
+from .files import check_writable, written_whole
 
 __all__ = ["CLASSES", "PHASES", "Patient", "write_phantom"]
 
@@ -241,16 +240,22 @@ class Patient:
         return (int(shape[0]), int(shape[1]), int(shape[2])), affine
 
 
+def _write_listing(out: Path, content: dict) -> None:
+    with written_whole(out / "dataset.json") as partial:
+        partial.write_text(json.dumps(content, indent=1))
+
+
 def write_phantom(
     out: str | Path, patients: int = 20, seed: int = 0, spacing: tuple[float, float, float] = (2.5, 2.5, 5.0)
 ) -> Path:
     """Write a phantom data set in the MSD layout: three phases a patient on one grid, one label map, ``dataset.json``.
 
-    Byte-identical when run again with the same arguments. The folder appears when it is complete. The entries of
-    ``dataset.json`` carry the patient, by which folds are drawn, and the phase.
+    Byte-identical when run again with the same arguments. ``dataset.json`` lists no case before all are written; its entries
+    carry the patient, by which folds are drawn, and the phase.
 
     Args:
-        out: folder to write, new or empty or an earlier phantom, which it replaces. patients: default 20. seed: default 0.
+        out: folder to write, new or empty or an earlier phantom, whose scans it replaces. patients: default 20.
+        seed: default 0.
         spacing: voxel size in mm, default (2.5, 2.5, 5).
 
     Returns:
@@ -268,23 +273,8 @@ def write_phantom(
         listing = out / "dataset.json"
         if not listing.is_file() or read_listing(out).get("name") != NAME:
             raise InputError(f"{out} is not empty and holds no phantom; give a new folder with --out")
-    partial = out.with_name(f".partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in ("imagesTr", "labelsTr"):
-        (partial / name).mkdir(parents=True)
-    training = []
-    for number in tqdm(range(1, patients + 1), desc="phantom", unit="patient"):
-        name = f"patient_{number:03d}"
-        patient = Patient(seed * 100_000 + number)
-        shape, affine = patient.grid(spacing)
-        phases, label = patient.render(shape, affine)
-        nib.save(nib.Nifti1Image(label, affine), partial / "labelsTr" / f"{name}.nii.gz")
-        for phase, image in zip(PHASES, phases):
-            path = f"imagesTr/{name}_{phase}.nii.gz"
-            # scanners give integers of no fixed scale
-            integers = np.round(image * (600 + 40 * (number % 7))).astype(np.int16)
-            nib.save(nib.Nifti1Image(integers, affine), partial / path)
-            training.append({"image": f"./{path}", "label": f"./labelsTr/{name}.nii.gz", "patient": name, "phase": phase})
+    check_writable(out)
+    training: list[dict] = []
     content = {
         "name": NAME,
         "description": "synthetic multi-phasic abdominal MRI phantom",
@@ -292,10 +282,25 @@ def write_phantom(
         "tensorImageSize": "3D",
         "modality": {"0": "MRI"},
         "labels": {str(i): name for i, name in enumerate(("background", *CLASSES))},
-        "numTraining": len(training),
+        "numTraining": len(PHASES) * patients,
         "training": training,
     }
-    (partial / "dataset.json").write_text(json.dumps(content, indent=1))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    _write_listing(out, content)
+    for name in ("imagesTr", "labelsTr"):
+        (out / name).mkdir(exist_ok=True)
+        for scan in (out / name).glob("patient_*.nii.gz"):  # an earlier phantom's
+            scan.unlink()
+    for number in tqdm(range(1, patients + 1), desc="phantom", unit="patient"):
+        name = f"patient_{number:03d}"
+        patient = Patient(seed * 100_000 + number)
+        shape, affine = patient.grid(spacing)
+        phases, label = patient.render(shape, affine)
+        nib.save(nib.Nifti1Image(label, affine), out / "labelsTr" / f"{name}.nii.gz")
+        for phase, image in zip(PHASES, phases):
+            path = f"imagesTr/{name}_{phase}.nii.gz"
+            # scanners give integers of no fixed scale
+            integers = np.round(image * (600 + 40 * (number % 7))).astype(np.int16)
+            nib.save(nib.Nifti1Image(integers, affine), out / path)
+            training.append({"image": f"./{path}", "label": f"./labelsTr/{name}.nii.gz", "patient": name, "phase": phase})
+    _write_listing(out, content)
     return out

@@ -7,6 +7,7 @@ no hooks and no hidden state: it scripts, traces, exports, copies and pickles, a
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 from collections.abc import Sequence
@@ -91,24 +92,22 @@ def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) 
 
     >>> check_window(BasicUNet(features=(4, 4, 4, 4, 4, 4)), [32, 48, 16])
     """
+    if not isinstance(size, Sequence) or not all(isinstance(s, int) and s > 0 for s in size):
+        raise InputError(f"patch_size must be a list of positive numbers of voxels, e.g. [32, 32, 32], got {size!r}")
     error: Exception | None = None
-    was_training = network.training
-    network.eval()  # batch and instance normalisation of a single sample
-    try:
-        for multiple in (1, 2, 4, 8, 16, 32, 64):
-            fitting = [-(-s // multiple) * multiple for s in size]
-            try:
-                logits = _fake_run(network, [1, in_channels, *fitting])
-            except Exception as e:
-                error = e
-                continue
-            if list(logits.shape[2:]) != fitting:
-                continue
-            if fitting != list(size):
-                raise InputError(f"the network does not take windows of {list(size)} voxels; give --patch_size '{fitting}'")
-            return
-    finally:
-        network.train(was_training)
+    twin = copy.deepcopy(network).eval()  # the run leaves no trace in the network itself
+    for multiple in (1, 2, 4, 8, 16, 32, 64):
+        fitting = [-(-s // multiple) * multiple for s in size]
+        try:
+            logits = _fake_run(twin, [1, in_channels, *fitting])
+        except Exception as e:
+            error = e
+            continue
+        if list(logits.shape[2:]) != fitting:
+            continue
+        if fitting != list(size):
+            raise InputError(f"the network does not take windows of {list(size)} voxels; give --patch_size '{fitting}'")
+        return
     raise InputError(f"the network does not take {in_channels} channel(s) of {list(size)} voxels: {error}") from error
 
 
@@ -154,14 +153,15 @@ class DecoderFeatures(nn.Module):
         self.num_classes = 0
         if self.names:
             # a class of its own, so that ``forward`` is ordinary source code to torch.jit, torch.export and torch.compile
-            was_training = backbone.training
+            modes = {m: m.training for m in backbone.modules()}
             backbone.eval()  # plain logits, whatever the backbone returns in training
             try:
                 forward = self._traced_forward()
                 self.__class__ = type(type(self).__name__, (type(self),), {"forward": forward, "__module__": __name__})
                 self.info, self.num_classes = self._dry_run()
             finally:
-                backbone.train(was_training)
+                for module, mode in modes.items():
+                    module.training = mode
 
     def forward(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
         """(B, C, *S) -> logits (B, K, *S) and the features, coarse to fine, each (B, C_i, *S_i)."""
