@@ -26,7 +26,7 @@ from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
 
-from monai_morse.data import written_whole
+from monai_morse.data import scan_name, written_whole
 from monai_morse.errors import InputError, flag
 from monai_morse.losses import MorseLoss, render_weight
 
@@ -368,7 +368,7 @@ class CaseReport:
             label = output[self.label_key]
             spacing = label.pixdim.tolist() if hasattr(label, "pixdim") else 1.0
             # the image's name: phases of one patient share a label
-            name = os.path.basename(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
+            name = scan_name(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
             pred, truth = (torch.as_tensor(output[k]).as_subclass(torch.Tensor)[None] for k in ("pred", self.label_key))
             figures = (
                 compute_dice(pred, truth, include_background=False, ignore_empty=False),
@@ -378,7 +378,7 @@ class CaseReport:
             )
             exists = (pred + truth)[0, 1:].flatten(1).any(1)
             for c, class_name in enumerate(self.class_names):
-                row: dict[str, Any] = {"case": name.removesuffix(".gz").removesuffix(".nii"), "class": class_name}
+                row: dict[str, Any] = {"case": name, "class": class_name}
                 row.update({f: float(v[0, c]) if exists[c] else math.nan for f, v in zip(self.FIGURES, figures)})
                 row["seconds"] = self.seconds / len(outputs)
                 self.rows.append(row)
