@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: the phantom, the demo."""
+"""``python -m monai_morse``: the phantom, the demo, the table of systems."""
 
 from __future__ import annotations
 
@@ -30,12 +30,23 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--data", help="a data set in the MSD layout; default: the phantom, written first")
     demo.add_argument("--epochs", type=int, help="epochs of each training; default: sized for ten minutes on two cores")
 
+    table = commands.add_parser(
+        "systems", help="run all twelve systems on every backbone, tiny, and print what ran", formatter_class=formatter
+    )
+    table.add_argument("backbones", nargs="*", help="names of the table's rows; default: all")
+
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
             from monai_morse.data import write_phantom
 
             write_phantom(args.out, args.patients, args.seed, tuple(args.spacing))
+        elif args.command == "systems":
+            from monai_morse.systems import systems_table
+
+            text, all_ran = systems_table(args.backbones)
+            print(text)
+            return 0 if all_ran else 1
         else:
             from monai_morse.demo import run_demo
 

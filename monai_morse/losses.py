@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
-from monai.losses import DiceCELoss
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
 from monai_morse.errors import InputError
 from monai_morse.networks import MorseOutput
+from monai_morse.networks.experts import resize
 from monai_morse.networks.points import gather_points
 
 __all__ = ["SCHEDULES", "MorseLoss", "render_weight"]
@@ -58,18 +62,38 @@ class MorseLoss(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, output: Tensor | MorseOutput, target: Tensor) -> Tensor:
-        """Logits (B, K, *S), alone or in a :class:`MorseOutput`, and labels (B, 1, *S) -> scalar; K = 1 is a sigmoid."""
-        coarse = output.coarse if isinstance(output, MorseOutput) else output
-        binary = coarse.shape[1] == 1
-        supervised = DiceCELoss(softmax=not binary, sigmoid=binary, to_onehot_y=not binary, lambda_dice=0.5, lambda_ce=0.5)
-        loss: Tensor = supervised(coarse.float(), target.float() if binary else target)
-        if not isinstance(output, MorseOutput) or output.point_index.shape[1] == 0 or self.weight == 0:
+    def forward(self, output: Tensor | MorseOutput | Sequence[Tensor], target: Tensor) -> Tensor:
+        """Logits (B, K, *S), alone or in a :class:`MorseOutput`, and labels (B, 1, *S) -> scalar; K = 1 is a sigmoid.
+
+        The labels may lie on another, finer grid over the same window: the points are then labelled by it, and the coarse
+        logits learn the share of each class in their voxels.
+
+        A bare backbone's deep supervision, a list (SegResNetDS) or a stack (B, maps, K, *S) (DynUNet), is weighed as MONAI's
+        ``DeepSupervisionLoss`` does.
+        """
+        if not isinstance(output, MorseOutput):
+            return self._supervised(output, target)
+        loss = self._supervised(output.coarse, target)
+        if output.point_index.shape[1] == 0 or self.weight == 0:
             return loss
         logits = output.point_logits.float()
         labels = gather_points(target, output.point_index)[:, 0]
+        if logits.shape[1] == 1:
+            return loss + self.weight * F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
+        return loss + self.weight * F.cross_entropy(logits, labels.long())
+
+    def _supervised(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """L_sup of the coarse logits."""
+        if isinstance(logits, Tensor) and logits.ndim == target.ndim + 1:
+            logits = logits.unbind(1)
+        if not isinstance(logits, Tensor):
+            return DeepSupervisionLoss(self._supervised)(list(logits), target.float())  # type: ignore[arg-type]
+        binary = logits.shape[1] == 1
+        same_grid = logits.shape[2:] == target.shape[2:]
         if binary:
-            rendered = F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
-        else:
-            rendered = F.cross_entropy(logits, labels.long())
-        return loss + self.weight * rendered
+            target = target.float()
+        if not same_grid:
+            target = resize(target if binary else one_hot(target, logits.shape[1]), list(logits.shape[2:]))
+        to_onehot_y = same_grid and not binary
+        loss = DiceCELoss(softmax=not binary, sigmoid=binary, to_onehot_y=to_onehot_y, lambda_dice=0.5, lambda_ce=0.5)
+        return loss(logits.float(), target)

@@ -8,30 +8,25 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets import BasicUNet, DynUNet, UNet
+
+from monai_morse.systems import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("MORSE_DATA", ROOT.parent / "shared" / "data"))
 
 
-def unet(dims, classes=3):
-    return UNet(dims, 1, classes, (4, 8, 16, 32), (2, 2, 2), num_res_units=1)
-
-
-def basic_unet(dims, classes=3):
-    return BasicUNet(dims, 1, classes, features=(4, 4, 8, 16, 32, 4))
-
-
-def dyn_unet(dims, classes=3):
-    return DynUNet(dims, 1, classes, [3] * 4, [1, 2, 2, 2], [2] * 3, filters=[4, 8, 16, 32])
-
-
-BACKBONES = {"UNet": unet, "BasicUNet": basic_unet, "DynUNet": dyn_unet}
+TINY = {name: backbone.tiny for name, backbone in BACKBONES.items()}
+ROWS = [(name, dims) for name, backbone in BACKBONES.items() for dims in backbone.dims]
 SMALL = {
     "mixture": {"width": 8, "gate_stride": 2},
-    "head": {"width": 8, "num_frequencies": 4, "residual": False},
+    "head": {"width": 8, "residual": False},
     "points": {"num_train": 64, "num_eval": 100},
 }
+
+
+def window(name, dims, batch=2):
+    """An input that a tiny backbone takes."""
+    return torch.rand(batch, 1, *BACKBONES[name].window[:dims])
 
 
 @pytest.fixture(autouse=True)

@@ -4,46 +4,57 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKBONES
+from conftest import ROWS, TINY, window
 
 from monai_morse import InputError, Morse
 from monai_morse.networks import DecoderFeatures, check_window
 from monai_morse.networks.decoders import decoder_names
+from monai_morse.systems import BACKBONES
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name, dims", ROWS)
 def test_features_are_the_submodules_outputs_and_logits_the_backbones(name, dims):
-    backbone = BACKBONES[name](dims)
+    backbone = TINY[name](dims, 3)
     names = decoder_names(backbone)
     reference = copy.deepcopy(backbone).eval()
     seen = {}
     for n in names:
         reference.get_submodule(n).register_forward_hook(lambda m, i, o, n=n: seen.__setitem__(n, o))
     features = DecoderFeatures(backbone).eval()
-    x = torch.rand(2, 1, *(32, 48, 16)[:dims])
+    x = window(name, dims)
     with torch.no_grad():
         expected = reference(x)
         logits, maps = features(x)
     assert torch.equal(logits, expected)
+    assert len(maps) >= BACKBONES[name].num_experts
     for info, n, m in zip(features.info, names, maps):
         assert torch.equal(m, seen[n])
         assert (info.name, info.channels) == (n, m.shape[1])
         assert [round(a / r) for a, r in zip(x.shape[2:], info.reduction)] == list(m.shape[2:])
     sizes = [m.shape[2] for m in maps]
     assert sizes == sorted(sizes)
+    assert set(features.state_dict()) == {f"backbone.{k}" for k in reference.state_dict()}
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_state_dict_is_the_backbones_under_one_prefix(name):
-    backbone = BACKBONES[name](2)
-    expected = backbone.state_dict()
-    got = DecoderFeatures(backbone).state_dict()
-    assert {k.removeprefix("backbone.") for k in got} == set(expected)
+def test_the_papers_unet_has_the_released_decoder_widths():
+    features = DecoderFeatures(BACKBONES["BasicUNet"].usual(2, 9))
+    assert [f.channels for f in features.info] == [256, 128, 64, 32, 16]
+
+
+def test_a_backbone_run_before_keeps_no_tensor_of_the_dry_run():
+    backbone = TINY["DynUNet, deep supervision"](3, 3).train()
+    backbone(window("DynUNet", 3))  # it now holds maps with a history, which deepcopy refuses
+    kept = list(backbone.heads)
+    features = DecoderFeatures(backbone)
+    assert all(a is b for a, b in zip(backbone.heads, kept))
+    backbone.eval()(window("DynUNet", 3).detach())
+    with torch.no_grad():
+        features(window("DynUNet", 3))
+    assert all(type(h) is torch.Tensor for h in backbone.heads)
 
 
 def test_backbone_keeps_its_training_mode():
-    backbone = BACKBONES["BasicUNet"](2).train()
+    backbone = TINY["BasicUNet"](2, 3).train()
     backbone.conv_0.eval()
     features = DecoderFeatures(backbone)
     assert features.backbone.training and features.backbone.down_1.training and not features.backbone.conv_0.training
@@ -51,11 +62,11 @@ def test_backbone_keeps_its_training_mode():
 
 def test_wrong_name_says_which_exist():
     with pytest.raises(InputError, match="no submodule 'upcat_9'.*upcat_1"):
-        DecoderFeatures(BACKBONES["BasicUNet"](2), ["upcat_9"])
+        DecoderFeatures(TINY["BasicUNet"](2, 3), ["upcat_9"])
 
 
 def test_unused_submodule_is_an_error():
-    backbone = BACKBONES["BasicUNet"](2)
+    backbone = TINY["BasicUNet"](2, 3)
     backbone.spare = torch.nn.Conv2d(1, 1, 1)
     with pytest.raises(InputError, match="spare.*not called"):
         DecoderFeatures(backbone, ["spare"])
@@ -82,7 +93,7 @@ def test_unknown_backbone_asks_for_names_and_takes_them():
 @pytest.mark.parametrize("name, wanted", [("UNet", "24, 24, 24"), ("BasicUNet", "32, 32, 32"), ("DynUNet", "24, 24, 24")])
 @pytest.mark.parametrize("wrap", [False, True])
 def test_windows_that_do_not_fit_are_errors_with_one_that_does(name, wanted, wrap):
-    net = BACKBONES[name](3)
+    net = TINY[name](3, 3)
     net = Morse(net, mixture={"width": 4}, head={"width": 4}) if wrap else net
     net.train()
     next(net.children()).eval()  # a frozen part
@@ -109,3 +120,44 @@ def test_untraceable_forward_is_an_error():
 
     with pytest.raises(InputError, match="Branching cannot be traced"):
         DecoderFeatures(Branching(), ["conv"])
+
+
+def branching_features(backbone, x):
+    feature = backbone.conv(x)
+    return backbone.head(feature), [feature]
+
+
+def test_a_function_gives_the_features_of_what_cannot_be_traced():
+    class Branching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = torch.nn.Conv2d(1, 5, 3, padding=1), torch.nn.Conv2d(5, 3, 1)
+
+        def forward(self, x):
+            return self.head(self.conv(x)) if x.sum() > 0 else self.head(self.conv(-x))
+
+    with pytest.raises(InputError, match="Branching cannot be traced.*give decoder=a function"):
+        Morse(Branching(), decoder=["conv"], num_experts=1)
+    net = Morse(Branching(), decoder=branching_features, mixture={"width": 4}, head={"width": 4})
+    assert [(f.name, f.channels, f.reduction) for f in net.decoder.info] == [("feature 0", 5, (1.0, 1.0))]
+    x = torch.rand(2, 1, 12, 10)
+    assert net.eval()(x).shape == (2, 3, 12, 10)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+
+
+def test_logits_that_are_no_tensor_are_an_error():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 2, 1)
+
+        def forward(self, x):
+            return [self.conv(x), self.conv(x)]
+
+    with pytest.raises(InputError, match="Two in eval mode must return its logits as one tensor"):
+        DecoderFeatures(Two(), ["conv"])
+
+
+def test_unetr_windows_are_of_its_one_size():
+    with pytest.raises(InputError, match=r"does not take windows of \[64, 64, 64\].*'\[32, 48, 16\]'"):
+        check_window(TINY["UNETR"](3, 3), [64, 64, 64])

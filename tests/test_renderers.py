@@ -7,6 +7,8 @@ import torch
 
 from monai_morse.networks import AnatomicalHead, FourierEncoding
 
+NO_CONTEXT = torch.zeros(2, 0)
+
 
 def test_encoding_by_hand():
     encoding = FourierEncoding(2, 2)
@@ -51,7 +53,7 @@ def test_head_is_a_three_layer_mlp_on_encoding_and_feature():
     head = AnatomicalHead(5, 3, 2, width=6, num_frequencies=4, residual=False).double()
     features, coordinates, coarse = torch.randn(2, 5, 4), torch.rand(2, 4, 2), torch.randn(2, 3, 4)
     features, coordinates, coarse = features.double(), coordinates.double(), coarse.double()
-    got = head(features, coordinates, coarse)
+    got = head(features, coordinates, coarse, NO_CONTEXT)
     linear = [layer for layer in head.mlp.layers if isinstance(layer, torch.nn.Conv1d)]
     assert len(linear) == 3
     encoded = head.encoding(coordinates)
@@ -67,7 +69,7 @@ def test_head_is_a_three_layer_mlp_on_encoding_and_feature():
 def test_untrained_residual_head_changes_nothing_and_can_learn():
     head = AnatomicalHead(5, 3, 2, width=6, num_frequencies=4)
     coarse = torch.randn(2, 3, 4)
-    out = head(torch.randn(2, 5, 4), torch.rand(2, 4, 2), coarse)
+    out = head(torch.randn(2, 5, 4), torch.rand(2, 4, 2), coarse, NO_CONTEXT)
     assert torch.equal(out, coarse)
     out.sum().backward()
     assert head.mlp.layers[-1].weight.grad.abs().sum() > 0

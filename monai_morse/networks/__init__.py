@@ -8,16 +8,22 @@ from .decoders import DecoderFeatures, FeatureInfo, check_window
 from .experts import Mixture
 from .morse import Morse, MorseOutput
 from .points import PointSelection
-from .renderers import AnatomicalHead, FourierEncoding
+from .renderers import AnatomicalHead, FourierEncoding, ImplicitPointRendHead, PointRendHead
+from .transunet import TransUNet
+from .unet3d import UNet3D
 
 __all__ = [
     "AnatomicalHead",
     "DecoderFeatures",
     "FeatureInfo",
     "FourierEncoding",
+    "ImplicitPointRendHead",
     "Mixture",
     "Morse",
     "MorseOutput",
+    "PointRendHead",
     "PointSelection",
+    "TransUNet",
+    "UNet3D",
     "check_window",
 ]

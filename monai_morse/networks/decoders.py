@@ -3,6 +3,7 @@
 The backbone stays as it is. Its ``forward`` is traced once with ``torch.fx``, stepping only into the modules that contain a
 decoder feature; everything else stays a module call. The traced function returns the features as plain outputs, so there are
 no hooks and no hidden state: it scripts, traces, exports, copies and pickles, and is safe for threads sharing one network.
+Tracing and dry runs work on a copy, so that a backbone that keeps tensors of its last forward (DynUNet) keeps none of theirs.
 """
 
 from __future__ import annotations
@@ -10,16 +11,31 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
-from monai.networks.nets import BasicUNet, DynUNet, UNet
+from monai.networks.nets import (
+    UNETR,
+    AttentionUnet,
+    BasicUNet,
+    DynUNet,
+    FlexibleUNet,
+    MedNeXt,
+    SegResNet,
+    SegResNetDS,
+    SwinUNETR,
+    UNet,
+    VNet,
+)
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from monai_morse.errors import InputError
+
+DecoderFunction = Callable[[nn.Module, Tensor], Tuple[Tensor, List[Tensor]]]
 
 __all__ = ["DecoderFeatures", "FeatureInfo", "check_window", "decoder_names"]
 
@@ -33,21 +49,56 @@ class FeatureInfo:
     reduction: Tuple[float, ...]
 
 
-def _unet_names(backbone: UNet) -> List[str]:
+def _unet(net: UNet) -> List[str]:
     names: List[str] = []
     path: str = "model"
-    block: Any = backbone.model
+    block: Any = net.model
     while isinstance(block, nn.Sequential) and len(block) == 3 and hasattr(block[1], "submodule"):
         names.append(f"{path}.2")
         path, block = f"{path}.1.submodule", block[1].submodule
     return [path, *reversed(names)]
 
 
+def _attention_unet(net: AttentionUnet) -> List[str]:
+    names = ["model.1"]
+    block: Any = net.model[1].submodule
+    while isinstance(block, nn.Sequential) and hasattr(block[-1], "submodule"):
+        names.append(f"{names[-1]}.submodule.1")
+        block = block[-1].submodule
+    return [f"{names[-1]}.submodule", *reversed(names)]
+
+
+def _each(pattern: str, blocks: Any) -> List[str]:
+    return [pattern.format(i) for i in range(len(blocks))]
+
+
+_NAMES: List[Tuple[type, Callable[[Any], List[str]]]] = [
+    (UNet, _unet),
+    (AttentionUnet, _attention_unet),
+    (BasicUNet, lambda net: ["down_4", "upcat_4", "upcat_3", "upcat_2", "upcat_1"]),
+    (DynUNet, lambda net: ["bottleneck", *_each("upsamples.{}", net.upsamples)]),
+    (SegResNet, lambda net: [f"down_layers.{len(net.down_layers) - 1}", *_each("up_layers.{}", net.up_layers)]),
+    (
+        SegResNetDS,
+        lambda net: [f"encoder.layers.{len(net.encoder.layers) - 1}.blocks", *_each("up_layers.{}.blocks", net.up_layers)],
+    ),
+    (UNETR, lambda net: ["decoder5", "decoder4", "decoder3", "decoder2"]),
+    (SwinUNETR, lambda net: ["encoder10", "decoder5", "decoder4", "decoder3", "decoder2", "decoder1"]),
+    (VNet, lambda net: ["down_tr256", "up_tr256", "up_tr128", "up_tr64", "up_tr32"]),
+    (FlexibleUNet, lambda net: _each("decoder.blocks.{}", net.decoder.blocks)),
+    (MedNeXt, lambda net: ["bottleneck", *_each("dec_stages.{}", net.dec_stages)]),
+]
+# methods of MONAI networks that look at the input's size and return nothing the forward needs; not while it is traced
+_SIZE_CHECKS = ("_check_input_size", "is_valid_shape")
+
+
 def decoder_names(backbone: nn.Module) -> List[str]:
-    """Names of a MONAI backbone's decoder features, coarse to fine, the bottleneck first.
+    """Names of a backbone's decoder features, coarse to fine, the bottleneck first where it is one module's output.
 
     Args:
-        backbone: ``UNet``, ``BasicUNet`` or ``DynUNet``, 2D or 3D.
+        backbone: a module with an attribute ``decoder_names``, or one of MONAI's ``UNet``, ``AttentionUnet``, ``BasicUNet``,
+            ``DynUNet``, ``SegResNet``, ``SegResNetDS``, ``UNETR``, ``SwinUNETR`` (``HyenaNDUNETR``), ``VNet``,
+            ``FlexibleUNet``, ``MedNeXt``; 2D or 3D.
 
     Raises:
         InputError: for any other class, whose features the caller must name.
@@ -55,16 +106,30 @@ def decoder_names(backbone: nn.Module) -> List[str]:
     >>> decoder_names(BasicUNet(features=(4, 4, 4, 4, 4, 4)))
     ['down_4', 'upcat_4', 'upcat_3', 'upcat_2', 'upcat_1']
     """
-    if isinstance(backbone, UNet):
-        return _unet_names(backbone)
-    if isinstance(backbone, BasicUNet):
-        return ["down_4", "upcat_4", "upcat_3", "upcat_2", "upcat_1"]
-    if isinstance(backbone, DynUNet):
-        return ["bottleneck", *(f"upsamples.{i}" for i in range(len(backbone.upsamples)))]
+    own: Any = getattr(backbone, "decoder_names", None)
+    if own is not None:
+        return list(own)
+    for kind, names in _NAMES:
+        if isinstance(backbone, kind):
+            return names(backbone)
     raise InputError(
         f"the decoder features of {type(backbone).__name__} are not known: give decoder=[names of the submodules whose "
         "outputs they are, coarse to fine]; network.named_modules() lists the names"
     )
+
+
+def _known_names(backbone: nn.Module) -> List[str]:
+    try:
+        return decoder_names(backbone)
+    except InputError:
+        return []
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, which may be traced and run without a trace in the network itself."""
+    # DynUNet keeps feature maps of its last forward, which deepcopy refuses to copy
+    kept = [t for m in network.modules() for t in getattr(m, "heads", None) or [] if isinstance(t, Tensor)]
+    return copy.deepcopy(network, {id(t): t.detach() for t in kept}).eval()
 
 
 def _fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
@@ -77,6 +142,11 @@ def _fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
             return network(torch.empty(list(shape), device=device))
     finally:
         log.disabled = was_disabled
+
+
+def _fixed_sizes(network: nn.Module) -> List[List[int]]:
+    """The one window size of a network with a position embedding for each place (UNETR)."""
+    return [[f * p for f, p in zip(m.feat_size, m.patch_size)] for m in network.modules() if isinstance(m, UNETR)]
 
 
 def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) -> None:
@@ -95,13 +165,13 @@ def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) 
     if not isinstance(size, Sequence) or not all(isinstance(s, int) and s > 0 for s in size):
         raise InputError(f"patch_size must be a list of positive numbers of voxels, e.g. [32, 32, 32], got {size!r}")
     error: Exception | None = None
-    twin = copy.deepcopy(network).eval()  # the run leaves no trace in the network itself
-    for multiple in (1, 2, 4, 8, 16, 32, 64):
-        fitting = [-(-s // multiple) * multiple for s in size]
+    twin = _copy(network)
+    sizes = [[-(-s // multiple) * multiple for s in size] for multiple in (1, 2, 4, 8, 16, 32, 64)]
+    for fitting in sizes + _fixed_sizes(network):
         try:
             logits = _fake_run(twin, [1, in_channels, *fitting])
         except Exception as e:
-            error = e
+            error = error or e
             continue
         if list(logits.shape[2:]) != fitting:
             continue
@@ -112,14 +182,30 @@ def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) 
 
 
 class _Tracer(fx.Tracer):
-    """Steps into the modules above a feature, and into nothing else."""
+    """Steps into the modules above a feature, and into nothing else; knows what each module it met returned."""
 
     def __init__(self, entered: set[nn.Module]) -> None:
         super().__init__()
         self.entered = entered
+        self.returned: Dict[nn.Module, Any] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.entered
+
+    def call_module(self, m: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
+        self.returned[m] = super().call_module(m, forward, args, kwargs)
+        return self.returned[m]
+
+
+class _Root(nn.Module):
+    """What is traced: nothing but the backbone, under the name that it has in :class:`DecoderFeatures`."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Any:
+        return self.backbone(x)
 
 
 class DecoderFeatures(nn.Module):
@@ -128,7 +214,8 @@ class DecoderFeatures(nn.Module):
     Args:
         backbone: any segmentation network, (B, C, *S) -> (B, K, *S).
         names: submodules whose outputs are the decoder features, coarse to fine; default: :func:`decoder_names`. An empty
-            sequence asks for none, and ``forward`` is the backbone's own.
+            sequence asks for none, and ``forward`` is the backbone's own. For a backbone that cannot be traced, a function
+            ``(backbone, x) -> (logits, [features])``.
 
     Raises:
         InputError: when a name does not exist or is not used by ``forward``, or ``forward`` cannot be traced.
@@ -136,6 +223,8 @@ class DecoderFeatures(nn.Module):
     Attributes:
         info: a :class:`FeatureInfo` for each feature.
         num_classes: K, found with the features (0 where none are asked for).
+
+    With features asked for, the logits are those of eval mode in training too: heads of deep supervision are not run.
 
     >>> features = DecoderFeatures(BasicUNet(2, 1, 3, features=(4, 4, 8, 16, 32, 4)), ["upcat_2", "upcat_1"])
     >>> [(f.channels, f.reduction) for f in features.info]
@@ -145,23 +234,22 @@ class DecoderFeatures(nn.Module):
     (torch.Size([1, 3, 32, 48]), [(1, 4, 16, 24), (1, 4, 32, 48)])
     """
 
-    def __init__(self, backbone: nn.Module, names: Sequence[str] | None = None) -> None:
+    def __init__(self, backbone: nn.Module, names: Sequence[str] | DecoderFunction | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        self.names = tuple(decoder_names(backbone) if names is None else names)
+        self.names = decoder_names(backbone) if names is None else names
         self.info: Tuple[FeatureInfo, ...] = ()
         self.num_classes = 0
-        if self.names:
-            # a class of its own, so that ``forward`` is ordinary source code to torch.jit, torch.export and torch.compile
-            modes = {m: m.training for m in backbone.modules()}
-            backbone.eval()  # plain logits, whatever the backbone returns in training
-            try:
-                forward = self._traced_forward()
-                self.__class__ = type(type(self).__name__, (type(self),), {"forward": forward, "__module__": __name__})
-                self.info, self.num_classes = self._dry_run()
-            finally:
-                for module, mode in modes.items():
-                    module.training = mode
+        if not callable(self.names) and not self.names:
+            return
+        twin = _Root(_copy(backbone))
+        forward = _called_forward(self.names) if callable(self.names) else _traced_forward(twin, self.names)
+        # a class of its own, so that ``forward`` is ordinary source code to torch.jit, torch.export and torch.compile
+        self.__class__ = type(type(self).__name__, (type(self),), {"forward": forward, "__module__": __name__})
+        twin.__class__ = type("_Root", (_Root,), {"forward": forward})
+        sizes, self.num_classes = _dry_run(twin)
+        labels = [f"feature {i}" for i in range(len(sizes))] if callable(self.names) else self.names
+        self.info = tuple(FeatureInfo(label, *size) for label, size in zip(labels, sizes))
 
     def forward(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
         """(B, C, *S) -> logits (B, K, *S) and the features, coarse to fine, each (B, C_i, *S_i)."""
@@ -177,48 +265,72 @@ class DecoderFeatures(nn.Module):
     def extra_repr(self) -> str:
         return "\n".join(f"({f.name}): channels={f.channels}, reduction={f.reduction}" for f in self.info)
 
-    def _traced_forward(self) -> Any:
-        modules = dict(self.named_modules(remove_duplicate=False))
-        taps: List[nn.Module] = []
-        for name in self.names:
-            if f"backbone.{name}" not in modules:
-                known = [n.removeprefix("backbone.") for n in modules if n.startswith("backbone.")]
-                near = difflib.get_close_matches(name, known, 5, 0.3) or known[:5]
-                raise InputError(f"{type(self.backbone).__name__} has no submodule '{name}'; near names: {', '.join(near)}")
-            taps.append(modules[f"backbone.{name}"])
-        entered = {m for m in modules.values() if any(t is not m and t in set(m.modules()) for t in taps)}
 
+def _called_forward(function: DecoderFunction) -> Any:
+    def forward(self: nn.Module, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
+        return function(self.get_submodule("backbone"), x)
+
+    return forward
+
+
+def _reversed(features: List[Tensor]) -> List[Tensor]:
+    return features[::-1]
+
+
+def _traced_forward(root: _Root, names: Sequence[str]) -> Any:
+    kind = type(root.backbone).__name__
+    modules = dict(root.backbone.named_modules(remove_duplicate=False))
+    taps: List[nn.Module] = []
+    for name in names:
+        if name not in modules or not name:
+            near = difflib.get_close_matches(name, modules, 5, 0.3) or list(modules)[1:6]
+            raise InputError(f"{kind} has no submodule '{name}'; near names: {', '.join(near)}")
+        taps.append(modules[name])
+    # above all known features, not only those asked for: MONAI's SegResNetDS cannot be traced around its encoder
+    below = set(taps) | {modules[name] for name in _known_names(root.backbone)}
+    entered = {m for m in root.modules() if any(t is not m and t in below for t in m.modules())}
+
+    for check in _SIZE_CHECKS:
+        if hasattr(root.backbone, check):
+            setattr(root.backbone, check, lambda *args: True)
+    tracer = _Tracer(entered)
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        raise InputError(
+            f"the forward of {kind} cannot be traced ({error}); name submodules that are called directly by its forward, or "
+            "give decoder=a function (backbone, x) -> (logits, [features])"
+        ) from error
+
+    unused = [name for name, tap in zip(names, taps) if tap not in tracer.returned]
+    if unused:
+        raise InputError(f"submodules {unused} are not called by the forward of {kind}")
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = ((output.args[0], [tracer.returned[tap].node for tap in taps]),)
+    for node in graph.nodes:
+        node.type = None  # annotations that the generated source could not name
+        if node.target is operator.getitem and node.args[1] == slice(None, None, -1):  # torch.jit misreads this slice
+            node.target, node.args = _reversed, node.args[:1]
+    module = fx.GraphModule(root, graph)
+    module.graph.eliminate_dead_code()  # heads of deep supervision
+    module.recompile()
+    return type(module).forward
+
+
+def _dry_run(root: _Root) -> Tuple[List[Tuple[int, Tuple[float, ...]]], int]:
+    """Channels and reduction of each feature, and K, from a run on fake tensors: no memory, no arithmetic."""
+    kind = type(root.backbone).__name__
+    conv = next((m for m in root.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
+    if conv is None:
+        raise InputError(f"{kind} has no 2D or 3D convolution: cannot tell its input's shape")
+    error: Exception | None = None
+    for size in [[length] * (conv.weight.ndim - 2) for length in (32, 64, 96, 128, 224)] + _fixed_sizes(root):
         try:
-            graph = _Tracer(entered).trace(self)
-        except Exception as error:
-            raise InputError(
-                f"the forward of {type(self.backbone).__name__} cannot be traced ({error}); name submodules that are called "
-                "directly by its forward"
-            ) from error
-
-        made_by = {modules[n.target]: n for n in graph.nodes if n.op == "call_module"}
-        unused = [name for name, tap in zip(self.names, taps) if tap not in made_by]
-        if unused:
-            raise InputError(f"submodules {unused} are not called by the forward of {type(self.backbone).__name__}")
-        output = next(n for n in graph.nodes if n.op == "output")
-        output.args = ((output.args[0][0], [made_by[tap] for tap in taps]),)
-        for node in graph.nodes:
-            node.type = None  # annotations that the generated source could not name
-        graph.lint()
-        return type(fx.GraphModule(self, graph)).forward
-
-    def _dry_run(self) -> Tuple[Tuple[FeatureInfo, ...], int]:
-        """Channels, reductions and classes, from a run on fake tensors: no memory, no arithmetic."""
-        conv = next((m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
-        if conv is None:
-            raise InputError(f"{type(self.backbone).__name__} has no 2D or 3D convolution: cannot tell its input's shape")
-        error: Exception | None = None
-        for length in (32, 64, 96, 128, 224):
-            try:
-                logits, features = _fake_run(self, [1, conv.in_channels, *[length] * (conv.weight.ndim - 2)])
-            except Exception as e:  # the backbone wants a larger window
-                error = e
-                continue
-            info = [FeatureInfo(n, f.shape[1], tuple(length / s for s in f.shape[2:])) for n, f in zip(self.names, features)]
-            return tuple(info), logits.shape[1]
-        raise InputError(f"{type(self.backbone).__name__} fails on a test input: {error}") from error
+            logits, maps = _fake_run(root, [1, conv.in_channels, *size])
+        except Exception as e:  # the backbone wants a larger window
+            error = error or e
+            continue
+        if not isinstance(logits, Tensor) or not all(isinstance(m, Tensor) for m in maps):
+            raise InputError(f"{kind} in eval mode must return its logits as one tensor, its decoder features as one each")
+        return [(m.shape[1], tuple(s / t for s, t in zip(size, m.shape[2:]))) for m in maps], logits.shape[1]
+    raise InputError(f"{kind} fails on a test input: {error}") from error

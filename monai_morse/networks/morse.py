@@ -1,7 +1,7 @@
 """Morse: backbone + mixture + renderer, the only place that knows all three."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, List, NamedTuple, Tuple, Union
+from typing import Any, List, NamedTuple, Optional, Union
 
 import torch
 from monai.data import MetaTensor
@@ -10,26 +10,39 @@ from torch import Tensor, nn
 from monai_morse.errors import InputError
 
 from . import points as P
-from .decoders import DecoderFeatures, decoder_names
-from .experts import Mixture, PointwiseMLP
-from .renderers import AnatomicalHead
+from .decoders import DecoderFeatures, DecoderFunction, decoder_names
+from .experts import Mixture, PointwiseMLP, resize
+from .renderers import AnatomicalHead, ImplicitPointRendHead, PointRendHead
 
 __all__ = ["Morse", "MorseOutput"]
 
 EXPERTS = ("none", "dense", "stochastic")
-RENDERERS = {"none": None, "anatomical": AnatomicalHead}
+RENDERERS = {
+    "none": None,
+    "pointrend": PointRendHead,
+    "implicit_pointrend": ImplicitPointRendHead,
+    "anatomical": AnatomicalHead,
+}
 COARSE = ("experts", "backbone")
+
+
+class _Maps(NamedTuple):
+    """Coarse logits (B, K, *S), the decoder features, and x_out where it exists as a map: a list of one or none."""
+
+    coarse: Tensor
+    features: List[Tensor]
+    mixed: List[Tensor]
 
 
 class MorseOutput(NamedTuple):
     """What the loss needs: the coarse logits everywhere and the rendered logits at the selected points."""
 
     coarse: Tensor
-    """(B, K, *S)"""
+    """(B, K, *S); without experts and renderer, what the backbone returns, which with deep supervision is a list or a stack"""
     point_logits: Tensor
     """(B, K, P)"""
     point_index: Tensor
-    """flat voxel indices of the points, (B, P)"""
+    """flat indices of the points in the grid they were drawn from, (B, P)"""
 
 
 def _one_of(name: str, word: str, words: Sequence[str]) -> str:
@@ -55,7 +68,7 @@ class Morse(nn.Module):
     Args:
         backbone: network (B, C, *S) -> logits (B, K, *S), 2D or 3D.
         experts: ``"none"``, ``"dense"`` (MoE) or ``"stochastic"`` (SMoE: expert dropout in training).
-        renderer: ``"none"`` or ``"anatomical"`` (IAR).
+        renderer: ``"none"``, ``"pointrend"``, ``"implicit_pointrend"`` or ``"anatomical"`` (IAR).
         num_experts: N, the finest decoder features that become experts; default 3.
         dropout: expert dropout alpha of ``"stochastic"``; default 0.7.
         coarse: where the coarse logits come from: ``"experts"`` (default), a linear map of x_out, or ``"backbone"``, its own
@@ -64,6 +77,7 @@ class Morse(nn.Module):
         head: options of the renderer's head, e.g. of :class:`AnatomicalHead`: width, num_frequencies.
         points: options of :class:`PointSelection`: num_train, num_eval, oversample, importance_ratio.
         decoder: names of the submodules that make the decoder features, coarse to fine; default: found for MONAI's backbones.
+            For a backbone that cannot be traced, a function ``(backbone, x) -> (logits, [features])``, which decides N.
 
     Raises:
         InputError: for an unknown word or option, more experts than decoder features, or a backbone that cannot be traced.
@@ -90,7 +104,7 @@ class Morse(nn.Module):
         mixture: Mapping[str, Any] | None = None,
         head: Mapping[str, Any] | None = None,
         points: Mapping[str, Any] | None = None,
-        decoder: Sequence[str] | None = None,
+        decoder: Sequence[str] | DecoderFunction | None = None,
     ) -> None:
         super().__init__()
         _one_of("experts", experts, EXPERTS)
@@ -101,16 +115,18 @@ class Morse(nn.Module):
         self.points = _build("points", P.PointSelection, **(points or {}))
         # as plain numbers, which torch.jit.script can read
         self.num_train, self.num_eval = self.points.num_train, self.points.num_eval
+        self.oversample, self.importance_ratio = float(self.points.oversample), float(self.points.importance_ratio)
 
-        names: Sequence[str] = ()
+        names: Sequence[str] | DecoderFunction = ()
         if experts != "none" or renderer != "none":
             names = decoder_names(backbone) if decoder is None else decoder
-            if not 1 <= num_experts <= len(names):
-                raise InputError(
-                    f"num_experts must be 1 to {len(names)}, the decoder features of {type(backbone).__name__}, "
-                    f"got {num_experts}"
-                )
-            names = names[-num_experts:]
+            if not callable(names):
+                if not 1 <= num_experts <= len(names):
+                    kind = type(backbone).__name__
+                    raise InputError(
+                        f"num_experts must be 1 to {len(names)}, the decoder features of {kind}, got {num_experts}"
+                    )
+                names = names[-num_experts:]
         self.decoder = DecoderFeatures(backbone, names)
 
         channels = [f.channels for f in self.decoder.info]
@@ -126,64 +142,101 @@ class Morse(nn.Module):
             if coarse == "experts":
                 self.classifier = PointwiseMLP(channels[0], [num_classes], last_activation=False)
         if renderer != "none":
-            self.renderer = _build("head", RENDERERS[renderer], sum(channels), num_classes, spatial_dims, **(head or {}))
+            context = sum(f.channels for f in self.decoder.info)
+            sizes = sum(channels), num_classes, spatial_dims, context
+            self.renderer = _build("head", RENDERERS[renderer], *sizes, **(head or {}))
 
-    def forward(self, x: Tensor, return_points: bool = False) -> Union[Tensor, MorseOutput]:
+    def forward(
+        self,
+        x: Tensor,
+        return_points: bool = False,
+        grid: Optional[List[int]] = None,
+        placement: Optional[Tensor] = None,
+    ) -> Union[Tensor, MorseOutput]:
         """Logits (B, K, *S); with ``return_points``, what the loss needs to train the renderer: :class:`MorseOutput`.
 
         Args:
-            x: (B, C, *S). return_points: draw ``num_train`` points and render those; without a renderer, P = 0.
+            x: (B, C, *S).
+            return_points: draw ``num_train`` points and render those; without a renderer, P = 0.
+            grid: spatial size of another grid over the same window, e.g. a finer one, default *S. Logits are returned on it:
+                the coarse ones upsampled linearly and the least certain voxels rendered at their own places (as many as fill
+                the space that ``num_eval`` voxels of *S do). Training points are drawn from its voxels.
+            placement: where the window lies, (B, len(S), len(S) + 1), see :func:`monai_morse.networks.points.place`; the
+                renderer then encodes the places in that larger volume (:mod:`monai_morse.engines` knows how to find it).
         """
         if not torch.jit.is_scripting():
             if isinstance(x, MetaTensor):  # its bookkeeping belongs to the result, not to every operation on the way
-                out = self.forward(x.as_tensor(), return_points)
-                return out if isinstance(out, tuple) else MetaTensor(out, meta=x.meta)
-            if return_points:
-                return self._training_points(x)
-        coarse, features = self._coarse(x)
+                out = self.forward(x.as_tensor(), return_points, grid, placement)
+                return out if isinstance(out, tuple) or grid is not None else MetaTensor(out, meta=x.meta)
+        maps = self._maps(x)
+        if return_points and self.renderer is None:
+            none = torch.zeros([x.shape[0], 0], dtype=torch.long, device=x.device)
+            return MorseOutput(maps.coarse, x.new_zeros([x.shape[0], self.decoder.num_classes, 0]), none)
+        size = list(x.shape[2:]) if grid is None else grid
+        coarse = maps.coarse if grid is None else resize(maps.coarse, size)
         if self.renderer is None:
             return coarse
-        index = P.select_uncertain_points(P.uncertainty(coarse), self.num_eval)
-        return P.write_points(coarse, index, self._render(coarse, features, index))
+        if return_points:
+            score = P.uncertainty(coarse.detach())
+            index = P.select_training_points(score, self.num_train, self.oversample, self.importance_ratio)
+            return MorseOutput(maps.coarse, self._render(maps, P.point_coordinates(index, size), placement), index)
+        index = self._uncertain_index(coarse, x)
+        return P.write_points(coarse, index, self._render(maps, P.point_coordinates(index, size), placement))
+
+    @torch.jit.unused
+    def render_at(self, x: Tensor, coordinates: Tensor, placement: Optional[Tensor] = None) -> Tensor:
+        """Class logits at any places of the window, between voxels too.
+
+        Args:
+            x: (B, C, *S).
+            coordinates: (B, P, len(S)) in [-1, 1], ordered like the tensor's axes; -1 and 1 are the window's outer faces.
+            placement: as for ``forward``.
+
+        Returns:
+            (B, K, P). Without a renderer, the coarse logits interpolated linearly.
+        """
+        return self._render(self._maps(x), coordinates, placement)
+
+    @torch.jit.unused
+    def uncertainty(self, x: Tensor) -> Tensor:
+        """By how much the second largest of a voxel's logits falls short of the largest: (B, C, *S) -> (B, 1, *S), <= 0."""
+        logits = self.forward(x)
+        assert isinstance(logits, Tensor)
+        return P.uncertainty(logits).reshape(logits[:, :1].shape)
 
     @torch.jit.unused
     def rendered_voxels(self, x: Tensor) -> Tensor:
         """Which voxels ``forward(x)`` re-renders, to look at: (B, C, *S) -> (B, 1, *S), 1 where it does, 0 elsewhere."""
-        coarse = self._coarse(x)[0]
+        coarse = self._maps(x).coarse
         mask = torch.zeros_like(coarse[:, :1])
         if self.renderer is None:
             return mask
-        index = P.select_uncertain_points(P.uncertainty(coarse), self.num_eval)
+        index = self._uncertain_index(coarse, x)
         return P.write_points(mask, index, torch.ones_like(index[:, None], dtype=mask.dtype))
 
-    def _coarse(self, x: Tensor) -> Tuple[Tensor, List[Tensor]]:
-        """Coarse logits (B, K, *S), and the maps to render from: x_out alone where it exists, else the decoder features."""
+    def _maps(self, x: Tensor) -> _Maps:
         logits, features = self.decoder(x)
+        mixed: List[Tensor] = []
         if self.mixture is not None and self.classifier is not None:
-            features = [self.mixture(features, list(x.shape[2:]))]
-            logits = self.classifier(features[0])
-        return logits, features
+            mixed = [self.mixture(features, list(x.shape[2:]))]
+            logits = self.classifier(mixed[0])
+        return _Maps(logits, features, mixed)
 
-    def _render(self, coarse: Tensor, features: List[Tensor], index: Tensor) -> Tensor:
-        """Logits (B, K, P) of the voxels at ``index`` (B, P)."""
-        logits = P.gather_points(coarse, index)
+    def _uncertain_index(self, coarse: Tensor, x: Tensor) -> Tensor:
+        score = P.uncertainty(coarse)
+        return P.select_uncertain_points(score, -(-self.num_eval * score.shape[1] // x[0, 0].numel()))
+
+    def _render(self, maps: _Maps, coordinates: Tensor, placement: Optional[Tensor]) -> Tensor:
+        """Logits (B, K, P) at coordinates (B, P, len(S))."""
+        logits = P.sample_linear(maps.coarse, coordinates)
         if self.renderer is None:
             return logits
-        size = list(coarse.shape[2:])
-        coordinates = P.point_coordinates(index, size)
         if self.mixture is not None and self.classifier is None:
-            sampled = self.mixture.at_points(features, coordinates, size)
+            sampled = self.mixture.at_points(maps.features, coordinates, list(maps.coarse.shape[2:]))
         else:
-            sampled = torch.cat([P.sample_linear(feature, coordinates) for feature in features], dim=1)
-        return self.renderer(sampled, coordinates, logits)
-
-    @torch.jit.unused
-    def _training_points(self, x: Tensor) -> MorseOutput:
-        coarse, features = self._coarse(x)
-        if self.renderer is None:
-            none = torch.zeros(coarse.shape[0], 0, dtype=torch.long, device=coarse.device)
-            return MorseOutput(coarse, coarse.flatten(2)[:, :, :0], none)
-        with torch.no_grad():
-            score = P.uncertainty(coarse)
-            index = P.select_training_points(score, self.points.num_train, self.points.oversample, self.points.importance_ratio)
-        return MorseOutput(coarse, self._render(coarse, features, index), index)
+            sources = maps.mixed if len(maps.mixed) > 0 else maps.features
+            sampled = torch.cat([P.sample_linear(source, coordinates) for source in sources], dim=1)
+        context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
+        if placement is not None:
+            coordinates = P.place(coordinates, placement)
+        return self.renderer(sampled, coordinates, logits, context)

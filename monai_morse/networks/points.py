@@ -17,11 +17,13 @@ from monai_morse.errors import InputError
 __all__ = [
     "PointSelection",
     "gather_points",
+    "place",
     "point_coordinates",
     "sample_linear",
     "select_training_points",
     "select_uncertain_points",
     "uncertainty",
+    "uncertainty_map",
     "write_points",
 ]
 
@@ -82,6 +84,11 @@ def uncertainty(logits: Tensor) -> Tensor:
     return second - largest
 
 
+def uncertainty_map(logits: Tensor) -> Tensor:
+    """:func:`uncertainty` of one sample as a map, to be looked at or scored: (K, *S) -> (1, *S)."""
+    return uncertainty(logits.unsqueeze(0)).reshape(logits[:1].shape)
+
+
 def select_uncertain_points(score: Tensor, num_points: int) -> Tensor:
     """Indices of the ``min(num_points, V)`` most uncertain voxels: (B, V) -> (B, P)."""
     return score.topk(min(num_points, score.shape[1]), dim=1, sorted=False).indices
@@ -132,6 +139,28 @@ def point_coordinates(index: Tensor, size: List[int]) -> Tensor:
         axes.append((2 * (rest % length) + 1).float() / length - 1)
         rest = torch.div(rest, length, rounding_mode="floor")
     return torch.stack(axes[::-1], dim=-1)
+
+
+def place(coordinates: Tensor, placement: Tensor) -> Tensor:
+    """Coordinates in the whole volume of points given by coordinates in a window of it.
+
+    Args:
+        coordinates: (B, P, len(S)). placement: (B, len(S), len(S) + 1), an affine map for each sample.
+
+    Returns:
+        (B, P, len(S)), float32 at least.
+
+    >>> place(torch.tensor([[[-1.0], [1.0]]]), torch.tensor([[[0.5, 0.25]]]))  # half as long, a bit past the middle
+    tensor([[[-0.2500],
+             [ 0.7500]]])
+    """
+    dtype = torch.promote_types(coordinates.dtype, torch.float32)
+    coordinates, placement = coordinates.to(dtype), placement.to(coordinates.device, dtype)
+    # sums of products, not a matrix product, which autocast would run in half precision
+    placed = placement[:, None, :, -1].expand_as(coordinates)
+    for axis in range(coordinates.shape[2]):
+        placed = placed + coordinates[:, :, axis, None] * placement[:, None, :, axis]
+    return placed
 
 
 def gather_points(x: Tensor, index: Tensor) -> Tensor:
