@@ -29,6 +29,7 @@ from torch import nn
 from monai_morse.data import scan_name, written_whole
 from monai_morse.errors import InputError, flag
 from monai_morse.losses import MorseLoss, render_weight
+from monai_morse.weights import read_checkpoint
 
 __all__ = ["BestModel", "CaseReport", "ClassMetrics", "EpochSeed", "RenderSchedule", "TrainingState", "WeightsLoader"]
 
@@ -116,15 +117,6 @@ def _keep_earlier(path: Path) -> None:
         logger.info("kept %s of an earlier training as %s", path.name, kept)
 
 
-def _load(path: str | Path, device: torch.device | None = None) -> Any:
-    if not os.path.isfile(path):
-        raise InputError(f"no checkpoint at {path}; train first, or give the path of one")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path} cannot be read as a checkpoint of weights only: {str(error).splitlines()[0]}") from error
-
-
 def _load_network(network: nn.Module, state: Any, path: str | Path) -> None:
     # compared first: load_state_dict copies what fits before it complains of what does not
     wanted = network.state_dict()
@@ -160,7 +152,7 @@ class WeightsLoader:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        state = _load(self.load_path, engine.state.device)
+        state = read_checkpoint(self.load_path, engine.state.device)
         if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
             state = state["model"]
         _load_network(self.network, state, self.load_path)
@@ -218,7 +210,7 @@ class TrainingState:
         if not self.path.is_file():
             logger.info("nothing to resume at %s: starting from the beginning", self.path)
             return
-        state = _load(self.path, engine.state.device)
+        state = read_checkpoint(self.path, engine.state.device)
         if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "settings"} <= state.keys():
             raise InputError(f"{self.path} holds weights alone, no training to resume; start without --resume")
         for name in self.settings:

@@ -1,0 +1,54 @@
+"""Weights of a bare backbone in any cell, of one cell in another; what matched is said, nothing is an error."""
+
+import pytest
+import torch
+from conftest import SMALL, TINY
+
+from monai_morse import InputError, Morse, load_matching
+from monai_morse.systems import CELLS
+
+
+def morse(experts="stochastic", renderer="anatomical", classes=3, **options):
+    return Morse(TINY["BasicUNet"](2, classes), experts, renderer, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize("experts, renderer", CELLS)
+def test_a_bare_backbones_checkpoint_loads_into_every_cell(tmp_path, experts, renderer):
+    bare = TINY["BasicUNet"](2, 3).eval()
+    torch.save({"model": {f"module.{k}": v for k, v in bare.state_dict().items()}}, tmp_path / "bare.pt")
+    net = morse(experts, renderer).eval()
+    own = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("decoder.")}
+    loaded = load_matching(net, tmp_path / "bare.pt")
+    assert set(loaded.matched) == {f"decoder.backbone.{k}" for k in bare.state_dict()}
+    assert set(loaded.new) == set(own) and not loaded.reshaped and not loaded.unused
+    x = torch.rand(1, 1, 32, 48)
+    assert torch.equal(net.decoder.backbone(x), bare(x))
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in own.items())
+
+
+def test_one_cell_to_another_and_back_to_the_bare_backbone():
+    source = morse("dense", "none")
+    loaded = load_matching(morse("stochastic", "anatomical"), source.state_dict())
+    assert {n.split(".")[0] for n in loaded.new} == {"renderer"}
+    bare = TINY["BasicUNet"](2, 3)
+    loaded = load_matching(bare, source.state_dict())
+    assert not loaded.new and {n.split(".")[0] for n in loaded.unused} == {"mixture", "classifier"}
+    assert torch.equal(bare.conv_0.conv_0.conv.weight, source.decoder.backbone.conv_0.conv_0.conv.weight)
+
+
+def test_other_classes_are_reported_and_keep_their_start():
+    net = morse(classes=5)
+    loaded = load_matching(net, morse(classes=3).state_dict())
+    assert set(loaded.reshaped) <= set(loaded.new)
+    assert {n.rsplit(".", 1)[0] for n in loaded.reshaped} >= {"decoder.backbone.final_conv", "classifier.layers.0"}
+    assert "of another shape" in str(loaded)
+
+
+def test_nothing_that_matches_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="nothing in the checkpoint matches.*1 entries, e.g. other.weight"):
+        load_matching(morse(), {"other.weight": torch.zeros(3)})
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="list.pt holds no state dict but a list"):
+        load_matching(morse(), tmp_path / "list.pt")
+    with pytest.raises(InputError, match="no checkpoint at .*absent.pt"):
+        load_matching(morse(), tmp_path / "absent.pt")
