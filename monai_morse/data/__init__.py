@@ -2,9 +2,11 @@
 
 from .cases import msd_cases, msd_class_names, raise_if_skipped, usable_cases
 from .files import AtomicNibabelWriter, check_writable, scan_name, scans_in, written_whole
+from .grids import ToScanGridd
 from .phantom import write_phantom
 
 __all__ = [
+    "ToScanGridd",
     "AtomicNibabelWriter",
     "check_writable",
     "msd_cases",
