@@ -95,6 +95,25 @@ def test_evaluation_writes_a_row_a_case_and_class_and_label_maps_in_the_labels_g
         assert float(row["dice"] or 0) == pytest.approx(overlap, abs=1e-5)
 
 
+def test_another_system_in_volume_coordinates_renders_on_a_finer_grid_and_shows_its_uncertainty(trained, tmp_path):
+    data, _, _ = trained
+    system = {"renderer": "implicit_pointrend", "schedule": "scratch", "coordinates": "volume", "spacing": "[1.5,1.5,2]"}
+    options = {**TINY, **system, "dataset_dir": data, "ckpt_dir": tmp_path, "output_dir": tmp_path}
+    succeed("train.yaml", max_epochs=1, **options)
+    del system["schedule"]
+    options = {"weights": tmp_path / "model.pt", "patch_size": "[16,16,16]", "save_uncertainty": "true", **system}
+    scan = data / "imagesTr/case_0.nii.gz"
+    found = {}
+    for scale in (1, 2):
+        succeed("inference.yaml", dataset_dir=scan, output_dir=tmp_path / str(scale), render_scale=scale, **options)
+        found[scale] = [nib.load(tmp_path / str(scale) / f"case_0_{kind}.nii.gz") for kind in ("seg", "uncertainty")]
+        for image in found[scale]:
+            assert image.shape == nib.load(scan).shape and np.allclose(image.affine, nib.load(scan).affine, atol=1e-5)
+    uncertainty = [np.asarray(images[1].dataobj) for images in found.values()]
+    assert uncertainty[0].max() <= 0 and uncertainty[0].min() < -1e-3
+    assert not np.allclose(*uncertainty)
+
+
 def test_inference_keeps_the_scans_geometry_and_one_broken_scan_takes_nobody_down(trained, tmp_path):
     data, run_dir, _ = trained
     scans = tmp_path / "scans"
@@ -232,10 +251,15 @@ def test_required_properties_are_there(config, kind, msd):
 
 
 def test_training_and_inference_build_the_same_network():
-    train, inference = (ConfigParser.load_config_file(CONFIGS / f"{n}.yaml") for n in ("train", "inference"))
+    train, evaluate, inference = (
+        ConfigParser.load_config_file(CONFIGS / f"{n}.yaml") for n in ("train", "evaluate", "inference")
+    )
     assert train["network_def"] == inference["network_def"]
-    assert train["validate"]["inferer"]["inferer"]["mode"] == inference["inferer"]["inferer"]["mode"]
-    for name in ("experts", "renderer", "num_experts", "width", "alpha", "coarse", "in_channels", "spacing", "patch_size"):
+    windows = inference["inferer"]["inferer"]["inferer"]["inferer"]
+    assert train["validate"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
+    assert evaluate["validate#inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
+    system = ("experts", "renderer", "num_experts", "width", "alpha", "coarse", "coordinates")
+    for name in (*system, "in_channels", "spacing", "patch_size"):
         assert train[name] == inference[name], name
     assert inference["num_classes"] == len(train["class_names"]) + 1
 
