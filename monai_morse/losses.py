@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks.utils import one_hot
@@ -38,6 +39,11 @@ def render_weight(iteration: int, total: int, schedule: str = "ramp", lambda_ren
     if iteration <= total / 2:
         return 0.0
     return lambda_rend if schedule == "half" else lambda_rend * (iteration - total / 2) / total
+
+
+def _float(logits: Tensor) -> Tensor:
+    """At least float32: a loss is not for half precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class MorseLoss(nn.Module):
@@ -76,7 +82,7 @@ class MorseLoss(nn.Module):
         loss = self._supervised(output.coarse, target)
         if output.point_index.shape[1] == 0 or self.weight == 0:
             return loss
-        logits = output.point_logits.float()
+        logits = _float(output.point_logits)
         labels = gather_points(target, output.point_index)[:, 0]
         if logits.shape[1] == 1:
             return loss + self.weight * F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
@@ -96,4 +102,4 @@ class MorseLoss(nn.Module):
             target = resize(target if binary else one_hot(target, logits.shape[1]), list(logits.shape[2:]))
         to_onehot_y = same_grid and not binary
         loss = DiceCELoss(softmax=not binary, sigmoid=binary, to_onehot_y=to_onehot_y, lambda_dice=0.5, lambda_ce=0.5)
-        return loss(logits.float(), target)
+        return loss(_float(logits), target)

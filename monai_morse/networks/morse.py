@@ -229,7 +229,7 @@ class Morse(nn.Module):
     def _render(self, maps: _Maps, coordinates: Tensor, placement: Optional[Tensor]) -> Tensor:
         """Logits (B, K, P) at coordinates (B, P, len(S))."""
         logits = P.sample_linear(maps.coarse, coordinates)
-        if self.renderer is None:
+        if self.renderer is None or coordinates.shape[1] == 0:
             return logits
         if self.mixture is not None and self.classifier is None:
             sampled = self.mixture.at_points(maps.features, coordinates, list(maps.coarse.shape[2:]))
