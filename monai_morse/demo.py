@@ -16,9 +16,10 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
-from monai_morse.data import msd_cases, msd_class_names, scan_name, usable_cases, write_phantom, written_whole
+from monai_morse.data import ToScanGridd, msd_cases, msd_class_names, scan_name, usable_cases, write_phantom, written_whole
 from monai_morse.data.cases import read_listing
 from monai_morse.errors import InputError
 from monai_morse.handlers import mean_of
@@ -92,10 +93,8 @@ def _picture(out: Path, configs: list[str], options: dict, case: dict[str, str])
     device = parser.get_parsed_content("device")
     with torch.no_grad():
         rendered = window(item["image"][None].to(device), network.rendered_voxels)[0].cpu()
-    item["pred"] = (rendered > 0).float()
-    invert = next(t for t in parser.get_parsed_content("validate#postprocessing").transforms if type(t).__name__ == "Invertd")
-    invert.nearest_interp = [True]
-    points = np.asarray(invert(item)["pred"][0]) > 0.5
+    item["pred"] = MetaTensor((rendered > 0).float(), meta=item["image"].meta)
+    points = np.asarray(ToScanGridd("pred")(item)["pred"][0]) > 0.5
     name = scan_name(case["image"])
     predictions = {s: nib.load(out / "runs" / s / "predictions" / f"{name}.nii.gz").get_fdata() for s in SYSTEMS}
     image = nib.load(case["image"]).get_fdata()
