@@ -116,7 +116,7 @@ BACKBONES: dict[str, Backbone] = {
         lambda d, k: SwinUNETR(1, k, feature_size=12, depths=(1,) * 4, num_heads=(1,) * 4, spatial_dims=d),
         window=(32, 64, 32),
     ),
-    "VNet": Backbone(lambda d, k: VNet(d, 1, k), lambda d, k: VNet(d, 1, k)),
+    "VNet": Backbone(lambda d, k: VNet(d, 1, k), lambda d, k: VNet(d, 1, k), window=(16, 32, 16)),
     "FlexibleUNet": Backbone(
         lambda d, k: FlexibleUNet(1, k, "resnet18", spatial_dims=d),
         lambda d, k: FlexibleUNet(1, k, "resnet10", decoder_channels=(16, 8, 8, 4, 4), spatial_dims=d),
