@@ -1,7 +1,7 @@
 """Every system of the grid on every backbone, run just now: ``python -m monai_morse systems``.
 
 A row is a backbone in 2D or 3D, a column a cell of experts x renderer. What a cell shows is found in two ways: the parameters
-it adds, counted at the backbone's usual size with the paper's widths; and a tick if a tiny twin of it was trained a step and
+it adds, counted at the backbone's usual size with the default preset; and a tick if a tiny twin of it was trained a step and
 gave logits of the right shape, or a cross.
 """
 

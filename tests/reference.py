@@ -95,14 +95,18 @@ def softmax(v):
 
 def mixture_by_hand(m, features, size, keep=None):
     """Equations 1 and 2 for one sample: a function of a place that returns x_out and the experts' weights W there."""
-    experts = []
-    for i, d in enumerate(features):
+
+    def expert(i, d):
         e = np.zeros((m.out_channels, *d.shape[1:]))
         for voxel in voxels(d.shape[1:]):
             e[(slice(None), *voxel)] = mlp(weights_of(m.experts[i]), value(d, voxel), last_relu=True)
-        experts.append(e if keep is None else e * keep[i])
+        return e if keep is None else e * keep[i]
+
+    experts = [expert(i, d) for i, d in enumerate(features)]
     gate_size = [math.ceil(n / m.gate_stride) for n in size]
-    logits = np.concatenate([average_or_interpolate(e, gate_size) for e in experts])
+    # the gate reads experts of averaged features, upsampled where they are coarser than its grid
+    averaged = [average_or_interpolate(d, [min(a, b) for a, b in zip(d.shape[1:], gate_size)]) for d in features]
+    logits = np.concatenate([average_or_interpolate(expert(i, d), gate_size) for i, d in enumerate(averaged)])
     convolutions = [] if m.gate is None else weights_of(m.gate)
     if m.gate is None:
         logits = np.zeros((1, *gate_size))

@@ -9,7 +9,12 @@ from monai_morse.systems import CELLS
 
 
 def morse(experts="stochastic", renderer="anatomical", classes=3, **options):
-    return Morse(TINY["BasicUNet"](2, classes), experts, renderer, **{**SMALL, **options})
+    return Morse(
+        TINY["BasicUNet"](2, classes),
+        experts,
+        renderer,
+        **{**SMALL, "coarse": "experts" if experts != "none" else None, **options},
+    )
 
 
 @pytest.mark.parametrize("experts, renderer", CELLS)

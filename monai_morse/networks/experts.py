@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from monai_morse.errors import InputError
 
-from .points import sample_linear
+from .points import corners, gather_points, sample_linear, weigh_corners
 
 __all__ = ["ExpertDropout", "Mixture", "PointwiseMLP", "resize"]
 
@@ -47,12 +47,16 @@ class PointwiseMLP(nn.Module):
         return y.reshape(list(y.shape[:2]) + list(x.shape[2:]))
 
 
+def shrink(x: Tensor, size: List[int]) -> Tensor:
+    """Average (B, C, *S) along the axes on which ``size`` is smaller."""
+    smaller = [min(a, b) for a, b in zip(x.shape[2:], size)]
+    return x if smaller == list(x.shape[2:]) else F.interpolate(x, smaller, mode="area")
+
+
 def resize(x: Tensor, size: List[int]) -> Tensor:
     """Resize (B, C, *S) to ``size``: averaging along the axes that get smaller, then linear (``align_corners=False``)."""
-    smaller = [min(a, b) for a, b in zip(x.shape[2:], size)]
-    if smaller != list(x.shape[2:]):
-        x = F.interpolate(x, smaller, mode="area")
-    if smaller == size:
+    x = shrink(x, size)
+    if list(x.shape[2:]) == size:
         return x
     return F.interpolate(x, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
 
@@ -93,6 +97,11 @@ class ExpertDropout(nn.Module):
         return self.masks[torch.multinomial(self.chance, batch, replacement=True)] * self.scale
 
 
+def keep_expert(expert: Tensor, factor: Tensor) -> Tensor:
+    """An expert (B, C, *S) times its dropout factors (B,)."""
+    return expert * factor.to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
+
+
 class Mixture(nn.Module):
     """Equations 1 and 2: ``W = softmax(gate([F_1..F_N]))``, ``x_out = MLP(sum_i W_i F_i)``.
 
@@ -103,8 +112,8 @@ class Mixture(nn.Module):
         channels: C_i of the decoder features D_1..D_N.
         spatial_dims: 2 or 3.
         width: hidden and output channels of all MLPs and of the gate's convolutions; default 256, the paper's.
-        gate_stride: the gate runs on features averaged to 1/gate_stride of the input's size and its logits are upsampled;
-            default 1, the paper's full resolution.
+        gate_stride: the gate reads experts of features averaged to 1/gate_stride of the input's size, and its logits are
+            upsampled; default 1, the paper's full resolution.
         drop_prob: expert dropout alpha; default 0, a dense mixture.
         min_active: see :class:`ExpertDropout`.
 
@@ -141,36 +150,39 @@ class Mixture(nn.Module):
 
     def forward(self, features: List[Tensor], size: List[int]) -> Tensor:
         """Decoder features (B, C_i, *S_i), coarse to fine, and the input's ``size`` *S -> x_out (B, width, *S)."""
-        experts = self.expert_outputs(features)
-        weights = resize(self.gate_logits(experts, size), size).softmax(dim=1)
-        mixed = weights[:, :1] * resize(experts[0], size)
-        for i in range(1, len(experts)):
-            mixed = mixed + weights[:, i : i + 1] * resize(experts[i], size)
+        keep = self.dropout(features[0].shape[0])
+        weights = resize(self.gate_logits(features, keep, size), size).softmax(dim=1)
+        mixed = torch.zeros_like(weights[:, :1])
+        for i, mlp in enumerate(self.experts):
+            expert = keep_expert(mlp(features[i]), keep[:, i])
+            mixed = mixed + weights[:, i : i + 1] * resize(expert, size)
         return self.fuse(mixed)
 
     def at_points(self, features: List[Tensor], coordinates: Tensor, size: List[int]) -> Tensor:
-        """``forward`` at the voxel centres ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S."""
-        experts = self.expert_outputs(features)
-        weights = sample_linear(self.gate_logits(experts, size), coordinates).softmax(dim=1)
-        mixed = weights[:, :1] * sample_linear(experts[0], coordinates)
-        for i in range(1, len(experts)):
-            mixed = mixed + weights[:, i : i + 1] * sample_linear(experts[i], coordinates)
+        """``forward`` at ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S.
+
+        An expert is computed at the voxels that interpolation reads, or everywhere where those are more than its map has.
+        """
+        keep = self.dropout(features[0].shape[0])
+        weights = sample_linear(self.gate_logits(features, keep, size), coordinates).softmax(dim=1)
+        mixed = torch.zeros_like(weights[:, :1])
+        for i, mlp in enumerate(self.experts):
+            index, weight = corners(coordinates, list(features[i].shape[2:]))
+            if index.shape[1] < features[i][0, 0].numel():
+                expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
+            else:
+                expert = weigh_corners(gather_points(mlp(features[i]), index), weight)
+            mixed = mixed + weights[:, i : i + 1] * keep_expert(expert, keep[:, i])
         return self.fuse(mixed)
 
-    def expert_outputs(self, features: List[Tensor]) -> List[Tensor]:
-        """E_i = MLP_i(D_i) at D_i's own resolution, (B, width, *S_i), after expert dropout."""
-        batch = features[0].shape[0]
-        keep = self.dropout(batch).to(features[0].dtype)
-        experts: List[Tensor] = []
-        for i, mlp in enumerate(self.experts):
-            expert = mlp(features[i])
-            experts.append(expert * keep[:, i].reshape([batch] + [1] * (expert.ndim - 1)))
-        return experts
-
-    def gate_logits(self, experts: List[Tensor], size: List[int]) -> Tensor:
+    def gate_logits(self, features: List[Tensor], keep: Tensor, size: List[int]) -> Tensor:
         """Logits of equation 1 at 1 / gate_stride of ``size``: W is their softmax over the experts, after upsampling."""
         gate_size = [-(-s // self.gate_stride) for s in size]
-        joined = torch.cat([resize(e, gate_size) for e in experts], dim=1)
+        joined: List[Tensor] = []
+        for i, mlp in enumerate(self.experts):
+            # averaged before the MLP where the gate's grid is the coarser one, upsampled after it where it is the finer one
+            expert = resize(mlp(shrink(features[i], gate_size)), gate_size)
+            joined.append(keep_expert(expert, keep[:, i]))
         if self.gate is None:
-            return torch.zeros_like(joined[:, :1])
-        return self.gate(joined)
+            return torch.zeros_like(joined[0][:, :1])
+        return self.gate(torch.cat(joined, dim=1))

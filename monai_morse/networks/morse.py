@@ -1,7 +1,7 @@
 """Morse: backbone + mixture + renderer, the only place that knows all three."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, List, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import torch
 from monai.data import MetaTensor
@@ -24,6 +24,18 @@ RENDERERS = {
     "anatomical": AnatomicalHead,
 }
 COARSE = ("experts", "backbone")
+PRESETS: Dict[str, Dict[str, Any]] = {
+    "light": {
+        "coarse": "backbone",
+        "mixture": {"width": 32, "gate_stride": 4},
+        "head": {"width": 64, "num_frequencies": 32},
+    },
+    "paper": {
+        "coarse": "experts",
+        "mixture": {"width": 256, "gate_stride": 1, "min_active": 0},
+        "head": {"width": 256, "num_frequencies": 128, "residual": False},
+    },
+}
 
 
 class _Maps(NamedTuple):
@@ -71,10 +83,13 @@ class Morse(nn.Module):
         renderer: ``"none"``, ``"pointrend"``, ``"implicit_pointrend"`` or ``"anatomical"`` (IAR).
         num_experts: N, the finest decoder features that become experts; default 3.
         dropout: expert dropout alpha of ``"stochastic"``; default 0.7.
-        coarse: where the coarse logits come from: ``"experts"`` (default), a linear map of x_out, or ``"backbone"``, its own
-            logits. Without experts they are always the backbone's.
+        preset: where options not given come from. ``"light"`` (default) costs next to nothing: narrow experts, the gate at a
+            quarter of the resolution, ``coarse="backbone"``. ``"paper"`` is the paper to the letter, many times the cost of
+            most backbones. See ``PRESETS`` for the values.
+        coarse: where the coarse logits come from: ``"experts"``, a linear map of x_out, or ``"backbone"``, its own logits.
+            Without experts they are always the backbone's, without a renderer the experts'.
         mixture: options of :class:`Mixture`: width, gate_stride, min_active.
-        head: options of the renderer's head, e.g. of :class:`AnatomicalHead`: width, num_frequencies.
+        head: options of the renderer's head, e.g. of :class:`AnatomicalHead`: width, num_frequencies, residual.
         points: options of :class:`PointSelection`: num_train, num_eval, oversample, importance_ratio.
         decoder: names of the submodules that make the decoder features, coarse to fine; default: found for MONAI's backbones.
             For a backbone that cannot be traced, a function ``(backbone, x) -> (logits, [features])``, which decides N.
@@ -100,7 +115,8 @@ class Morse(nn.Module):
         renderer: str = "anatomical",
         num_experts: int = 3,
         dropout: float = 0.7,
-        coarse: str = "experts",
+        preset: str = "light",
+        coarse: str | None = None,
         mixture: Mapping[str, Any] | None = None,
         head: Mapping[str, Any] | None = None,
         points: Mapping[str, Any] | None = None,
@@ -109,7 +125,11 @@ class Morse(nn.Module):
         super().__init__()
         _one_of("experts", experts, EXPERTS)
         _one_of("renderer", renderer, tuple(RENDERERS))
+        _one_of("preset", preset, tuple(PRESETS))
+        if coarse is None:
+            coarse = "experts" if renderer == "none" else PRESETS[preset]["coarse"]
         _one_of("coarse", coarse, COARSE)
+        mixture, head = {**PRESETS[preset]["mixture"], **(mixture or {})}, {**PRESETS[preset]["head"], **(head or {})}
         if experts != "none" and renderer == "none" and coarse == "backbone":
             raise InputError("experts without a renderer need coarse='experts': nothing else would use them")
         self.points = _build("points", P.PointSelection, **(points or {}))
@@ -137,14 +157,14 @@ class Morse(nn.Module):
         self.renderer: nn.Module | None = None
         if experts != "none":
             drop_prob = dropout if experts == "stochastic" else 0.0
-            self.mixture = _build("mixture", Mixture, channels, spatial_dims, drop_prob=drop_prob, **(mixture or {}))
+            self.mixture = _build("mixture", Mixture, channels, spatial_dims, drop_prob=drop_prob, **mixture)
             channels = [self.mixture.out_channels]
             if coarse == "experts":
                 self.classifier = PointwiseMLP(channels[0], [num_classes], last_activation=False)
         if renderer != "none":
             context = sum(f.channels for f in self.decoder.info)
             sizes = sum(channels), num_classes, spatial_dims, context
-            self.renderer = _build("head", RENDERERS[renderer], *sizes, **(head or {}))
+            self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
 
     def forward(
         self,

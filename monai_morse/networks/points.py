@@ -7,15 +7,17 @@ Pure functions of tensors; no parameters, no network. A point is the centre of a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List
+from typing import List, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from monai_morse.errors import InputError
 
 __all__ = [
     "PointSelection",
+    "corners",
     "gather_points",
     "place",
     "point_coordinates",
@@ -24,6 +26,7 @@ __all__ = [
     "select_uncertain_points",
     "uncertainty",
     "uncertainty_map",
+    "weigh_corners",
     "write_points",
 ]
 
@@ -178,7 +181,7 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
     """Linear interpolation of ``x`` at continuous coordinates, edge values held beyond the outermost voxel centres.
 
     At the voxel centres of a finer grid this equals ``interpolate(x, mode="bilinear"|"trilinear", align_corners=False)``
-    there. Spelled out with ``gather`` because ONNX has no 3D ``grid_sample``.
+    there. In 3D it is spelled out with ``gather``, as fast on a CPU, because ONNX has no 3D ``grid_sample``.
 
     Args:
         x: (B, C, *S). coordinates: (B, P, len(S)) in [-1, 1], axes ordered like ``S``.
@@ -189,12 +192,29 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
     >>> sample_linear(torch.tensor([[[[0.0, 1.0, 2.0]]]]), torch.tensor([[[0.0, 0.0], [0.0, 1 / 3]]]))
     tensor([[[1.0000, 1.5000]]])
     """
+    if x.ndim == 4:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, coordinates.dtype), torch.float32)
+        grid = coordinates.to(dtype).flip(2).unsqueeze(2)  # its axes are ordered (x, y)
+        sampled = F.grid_sample(x.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return sampled.squeeze(3).to(x.dtype)
+    index, weight = corners(coordinates, list(x.shape[2:]))
+    return weigh_corners(gather_points(x, index), weight)
+
+
+def corners(coordinates: Tensor, size: List[int]) -> Tuple[Tensor, Tensor]:
+    """The voxels that linear interpolation at each place reads, and their weights.
+
+    Args:
+        coordinates: (B, P, len(S)) in [-1, 1]. size: *S.
+
+    Returns:
+        flat voxel indices (B, M P), corner by corner, and weights (B, M, P) that sum to 1 over the M = 2^len(S) corners.
+    """
     coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
-    # corners of the enclosing cell, one axis after another: flat index and weight of 1, 2, 4, (8) corners
-    indices = [torch.zeros(coordinates.shape[:2], dtype=torch.long, device=x.device)]
-    weights = [torch.ones(coordinates.shape[:2], dtype=coordinates.dtype, device=x.device)]
+    indices = [torch.zeros(coordinates.shape[:2], dtype=torch.long, device=coordinates.device)]
+    weights = [torch.ones(coordinates.shape[:2], dtype=coordinates.dtype, device=coordinates.device)]
     for axis in range(coordinates.shape[2]):
-        length = x.shape[2 + axis]
+        length = size[axis]
         position = (((coordinates[..., axis] + 1) * length - 1) / 2).clamp(0, length - 1)
         low = position.floor()
         fraction = position - low
@@ -202,7 +222,10 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
         high_index = (low_index + 1).clamp(max=length - 1)
         indices = [i * length + low_index for i in indices] + [i * length + high_index for i in indices]
         weights = [w * (1 - fraction) for w in weights] + [w * fraction for w in weights]
-    out = gather_points(x, indices[0]) * weights[0].unsqueeze(1)
-    for corner in range(1, len(indices)):
-        out = out + gather_points(x, indices[corner]) * weights[corner].unsqueeze(1)
-    return out.to(x.dtype)
+    return torch.cat(indices, dim=1), torch.stack(weights, dim=1)
+
+
+def weigh_corners(values: Tensor, weight: Tensor) -> Tensor:
+    """Values (B, C, M P) at the corners of P places and their weights (B, M, P) -> interpolated values (B, C, P)."""
+    values = values.reshape(values.shape[0], values.shape[1], weight.shape[1], weight.shape[2])
+    return (values * weight.unsqueeze(1)).sum(2).to(values.dtype)

@@ -1,0 +1,1 @@
+"""What MORSE costs next to the bare backbone: ``python -m benchmarks.cost``."""

@@ -1,0 +1,252 @@
+"""What MORSE costs, as ratios to the bare backbone measured in the same run.
+
+    python -m benchmarks.cost                     # 3D 96^3 and 2D 256^2; for a GPU or a patient machine
+    python -m benchmarks.cost --small             # 3D 48^3 (64^3 where 48 does not fit) and 2D 128^2
+    python -m benchmarks.cost --small --backbones UNETR --rows default paper --json cost.json
+
+A row and its bare backbone run in two processes of their own, in turn, repeat after repeat, so that neither heat nor other work
+nor the other's memory counts against one of them. Time is the median of the repeats' ratios, with their spread; memory is
+what the process needed at its peak beyond what it needed before the network was built (on CUDA,
+``max_memory_allocated``); multiply-adds are those of torch's FlopCounterMode, half its count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.inferers import SlidingWindowInferer
+from monai.networks.nets import UNETR
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.literal import LiteralMorse
+from monai_morse import Morse, MorseLoss
+from monai_morse.systems import BACKBONES
+
+ROWS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
+    "bare": lambda net, n: net,
+    "literal": lambda net, n: LiteralMorse(Morse(net, num_experts=n, preset="paper")),
+    "paper": lambda net, n: Morse(net, num_experts=n, preset="paper"),
+    "default": lambda net, n: Morse(net, num_experts=n),
+    "default, no rendering": lambda net, n: Morse(net, num_experts=n, points={"num_eval": 1, "num_train": 1}),
+    "pointrend": lambda net, n: Morse(net, "none", "pointrend", num_experts=n),
+}
+SETTINGS = {  # backbone: (spatial dimensions, small window)
+    "BasicUNet": (2, 128),
+    "TransUNet": (2, 128),
+    "UNet3D": (3, 48),
+    "UNETR": (3, 48),
+    "SwinUNETR": (3, 64),
+    "MedNeXt": (3, 48),
+}
+TIMES = ("inference", "sliding window", "training step")
+FIGURES = (
+    "training step",
+    "inference",
+    "sliding window",
+    "memory, training",
+    "memory, inference",
+    "multiply-adds",
+    "parameters",
+)
+CLASSES = 9
+
+
+def build(backbone: str, row: str, small: bool) -> tuple[nn.Module, list[int]]:
+    """The network and the size of its window."""
+    dims, small_side = SETTINGS[backbone]
+    size = [small_side if small else {2: 256, 3: 96}[dims]] * dims
+    torch.manual_seed(0)
+    bare = UNETR(1, CLASSES, size) if backbone == "UNETR" else BACKBONES[backbone].usual(dims, CLASSES)
+    return ROWS[row](bare, BACKBONES[backbone].num_experts), size
+
+
+class Bench:
+    """One network in a process of its own, measured piece by piece when told to."""
+
+    def __init__(self, backbone: str, row: str, small: bool, amp: bool, compiled: bool, channels_last: bool) -> None:
+        warnings.simplefilter("ignore")
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.before = self._peak()
+        network, size = build(backbone, row, small)
+        self.network = network.to(self.device)
+        self.amp = amp
+        self.batch = 4 if len(size) == 2 else 2
+        self.size = size
+        self.x = torch.rand(self.batch, 1, *size, device=self.device)
+        if channels_last:
+            layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+            self.network, self.x = self.network.to(memory_format=layout), self.x.contiguous(memory_format=layout)
+        self.labels = torch.randint(0, CLASSES, (self.batch, 1, *size), device=self.device)
+        side = size[0] * 5 // 3
+        volume = [side, side, side * 2 // 5] if len(size) == 3 else [2 * size[0], 2 * size[1]]
+        self.volume = torch.rand(1, 1, *volume, device=self.device)
+        self.inferer = SlidingWindowInferer(size, sw_batch_size=1, overlap=0.25)
+        self.loss = MorseLoss(weight=0.1)
+        self.optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
+        self.call: Callable[..., Any] = torch.compile(self.network) if compiled else self.network
+        self.morse = row != "bare"
+
+    def _peak(self) -> float:
+        """Bytes."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated())
+        status = Path("/proc/self/status")
+        if status.exists():  # ru_maxrss starts from the parent's, even in a process of its own
+            return 1024.0 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    def count(self) -> dict[str, float]:
+        self.network.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.network(self.x[:1])
+        parameters = sum(p.numel() for p in self.network.parameters())
+        return {"multiply-adds": counter.get_total_flops() / 2, "parameters": parameters}
+
+    def memory(self) -> float:
+        return self._peak() - self.before
+
+    def _infer(self) -> Tensor:
+        return self.call(self.x[:1])
+
+    def _slide(self) -> Tensor:
+        return self.inferer(self.volume, self.call)
+
+    def _train(self) -> None:
+        output = self.call(self.x, return_points=True) if self.morse else self.call(self.x)
+        self.loss(output, self.labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def run(self, figure: str) -> float:
+        """Seconds of one repeat."""
+        training = figure == "training step"
+        self.network.train(training)
+        job = {"training step": self._train, "inference": self._infer, "sliding window": self._slide}[figure]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.set_grad_enabled(training), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            job()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def _serve(pipe: Any, *arguments: Any) -> None:
+    try:
+        bench = Bench(*arguments)
+        for name, *rest in iter(pipe.recv, None):
+            pipe.send(getattr(bench, name)(*rest))
+    except Exception as error:
+        pipe.send(error)
+
+
+class Worker:
+    """A :class:`Bench` in a process of its own."""
+
+    def __init__(self, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, *arguments), daemon=True)
+        self.process.start()
+        other.close()
+
+    def __call__(self, *call: Any) -> Any:
+        self.pipe.send(call)
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise MemoryError("the process ended, most likely for want of memory") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def measure(backbone: str, row: str, repeats: int, **options: bool) -> dict[str, Any]:
+    """Every figure of one row as [ratio to the bare backbone, lowest, highest repeat]; ``error`` where it could not be had."""
+    arguments = (options["small"], options["amp"], options["compiled"], options["channels_last"])
+    workers = [Worker(backbone, name, *arguments) for name in ("bare", row)]
+    result: dict[str, Any] = {"backbone": backbone, "row": row}
+    try:
+        bare, own = (w("count") for w in workers)
+        for figure in own:
+            result[figure] = [own[figure] / bare[figure]] * 3
+        result["absolute multiply-adds of bare"] = bare["multiply-adds"]
+        for figure in TIMES:
+            n = repeats if figure != "sliding window" else max(1, repeats // 2)
+            for worker in workers:
+                worker("run", figure)  # warms up
+            pairs = [[w("run", figure) for w in workers] for _ in range(n)]
+            ratios = sorted(b / a for a, b in pairs)
+            result[figure] = [statistics.median(ratios), ratios[0], ratios[-1]]
+            if figure != "sliding window":
+                bare_memory, own_memory = (w("memory") for w in workers)
+                result["memory, training" if figure == "training step" else "memory, inference"] = [
+                    own_memory / bare_memory
+                ] * 3
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        for worker in workers:
+            worker.stop()
+    return result
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown."""
+
+    def cell(value: list[float] | None) -> str:
+        if value is None:
+            return ""
+        middle, low, high = value
+        return f"{middle:.3g}" if low == high else f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+    lines = ["| backbone | row | " + " | ".join(FIGURES) + " |", "| --- " * (2 + len(FIGURES)) + "|"]
+    for r in results:
+        note = f" ({r['error']})" if "error" in r else ""
+        lines.append(f"| {r['backbone']} | {r['row']}{note} | " + " | ".join(cell(r.get(f)) for f in FIGURES) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.split("\n")[0])
+    parser.add_argument("--small", action="store_true", help="small windows, for a CPU")
+    parser.add_argument("--backbones", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], choices=list(ROWS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--json", help="file for the figures, added to row by row")
+    args = parser.parse_args()
+    options = {n: getattr(args, n) for n in ("small", "amp", "compiled", "channels_last")}
+    results = []
+    for backbone, row in tqdm([(b, r) for b in args.backbones for r in args.rows], desc="cost", disable=None):
+        results.append(measure(backbone, row, args.repeats, **options))
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=1))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

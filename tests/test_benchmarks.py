@@ -1,0 +1,58 @@
+"""The benchmark's literal head is the paper preset, value and gradient; its table shows what was measured."""
+
+import pytest
+import torch
+from conftest import TINY, window
+
+from benchmarks.cost import measure, table
+from benchmarks.literal import LiteralMorse
+from monai_morse import Morse, MorseLoss
+
+
+@pytest.mark.parametrize("backbone, dims", [("BasicUNet", 2), ("DynUNet", 3)])
+@pytest.mark.parametrize("experts", ["dense", "stochastic"])
+def test_the_paper_preset_equals_the_literal_head(backbone, dims, experts):
+    narrow = {
+        "mixture": {"width": 16},
+        "head": {"width": 16, "num_frequencies": 8},
+        "points": {"num_train": 64, "num_eval": 99},
+    }
+    net = Morse(TINY[backbone](dims, 3), experts, "anatomical", preset="paper", **narrow).double()
+    literal = LiteralMorse(net)
+    x = window(backbone, dims).double()
+    labels = torch.randint(0, 3, x.shape)
+    with torch.no_grad():
+        assert torch.allclose(net.eval()(x), literal.eval()(x), rtol=1e-5, atol=1e-5)
+    steps = []
+    for network in (net, literal):
+        torch.manual_seed(1)
+        net.train().zero_grad()
+        loss = MorseLoss(0.1)(network(x, return_points=True), labels)
+        loss.backward()
+        steps.append([loss, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(steps[0]) == len(steps[1]) > 10
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*steps))
+
+
+def test_presets_differ_where_they_say():
+    light, paper = (Morse(TINY["BasicUNet"](2, 3), preset=p) for p in ("light", "paper"))
+    assert light.classifier is None and light.mixture.gate_stride == 4 and light.renderer.residual
+    assert paper.classifier is not None and paper.mixture.gate_stride == 1 and not paper.renderer.residual
+    assert paper.mixture.out_channels == 256 and paper.renderer.encoding.frequencies.shape == (128, 2)
+    assert paper.mixture.dropout.chance[0] > 0 and light.mixture.dropout.chance[0] == 0
+    own = Morse(TINY["BasicUNet"](2, 3), preset="paper", coarse="backbone", mixture={"width": 8})
+    assert own.classifier is None and own.mixture.out_channels == 8 and own.mixture.gate_stride == 1
+
+
+def test_a_measurement_is_a_ratio_to_the_bare_backbone_of_the_same_run():
+    options = {"small": True, "amp": False, "compiled": False, "channels_last": False}
+    result = measure("BasicUNet", "default", 1, **options)
+    assert "error" not in result
+    assert 1 < result["multiply-adds"][0] < 2 and result["training step"][0] > 0.5 and result["memory, training"][0] > 0.5
+    assert table([result]).splitlines()[2].startswith("| BasicUNet | default | ")
+
+
+def test_a_row_that_fails_says_why(monkeypatch):
+    options = {"small": True, "amp": False, "compiled": False, "channels_last": False}
+    result = measure("BasicUNet", "no such row", 1, **options)
+    assert "KeyError" in result["error"] and "(KeyError" in table([result])
