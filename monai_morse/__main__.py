@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: the phantom, the demo, the table of systems."""
+"""``python -m monai_morse``: the phantom, the demo, the tables of systems and of where they run."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     table.add_argument("backbones", nargs="*", help="names of the table's rows; default: all")
 
+    checks = commands.add_parser(
+        "portability",
+        help="script, trace, export, compile, .. MORSE on every backbone, tiny, and print what works",
+        formatter_class=formatter,
+    )
+    checks.add_argument("backbones", nargs="*", help="names of the table's rows; default: all")
+    checks.add_argument("--checks", nargs="*", help="names of the table's columns; default: all")
+    checks.add_argument("--dims", type=int, nargs="*", choices=[2, 3], help="default: 3D, or 2D where there is no 3D")
+
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
@@ -47,6 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
             text, all_ran = systems_table(args.backbones)
             print(text)
             return 0 if all_ran else 1
+        elif args.command == "portability":
+            from monai_morse.portability import portability_table
+
+            text, nothing_failed = portability_table(args.backbones, args.checks, args.dims)
+            print(text)
+            return 0 if nothing_failed else 1
         else:
             from monai_morse.demo import run_demo
 

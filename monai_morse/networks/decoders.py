@@ -134,12 +134,12 @@ def _copy(network: nn.Module) -> nn.Module:
 
 def _fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
     """What ``network`` returns for an input of this shape, as fake tensors: shapes without memory or arithmetic."""
-    device = next(network.parameters()).device
+    like = next(network.parameters())
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what does not fit
     was_disabled, log.disabled = log.disabled, True
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            return network(torch.empty(list(shape), device=device))
+            return network(torch.empty(list(shape), device=like.device, dtype=like.dtype))
     finally:
         log.disabled = was_disabled
 

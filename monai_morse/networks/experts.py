@@ -50,7 +50,12 @@ class PointwiseMLP(nn.Module):
 def shrink(x: Tensor, size: List[int]) -> Tensor:
     """Average (B, C, *S) along the axes on which ``size`` is smaller."""
     smaller = [min(a, b) for a, b in zip(x.shape[2:], size)]
-    return x if smaller == list(x.shape[2:]) else F.interpolate(x, smaller, mode="area")
+    if smaller == list(x.shape[2:]):
+        return x
+    step = [a // b for a, b in zip(x.shape[2:], smaller)]
+    if [s * n for s, n in zip(step, smaller)] == list(x.shape[2:]):  # the same, and ONNX has it in 3D
+        return F.avg_pool2d(x, step) if x.ndim == 4 else F.avg_pool3d(x, step)
+    return F.interpolate(x, smaller, mode="area")
 
 
 def resize(x: Tensor, size: List[int]) -> Tensor:
@@ -100,6 +105,13 @@ class ExpertDropout(nn.Module):
 def keep_expert(expert: Tensor, factor: Tensor) -> Tensor:
     """An expert (B, C, *S) times its dropout factors (B,)."""
     return expert * factor.to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
+
+
+def _fewer(reads: int, voxels: int) -> bool:
+    if not torch.jit.is_scripting():
+        if getattr(torch.compiler, "is_exporting", bool)():
+            return True  # the answer of one window size would become a condition on all
+    return reads < voxels
 
 
 class Mixture(nn.Module):
@@ -168,7 +180,7 @@ class Mixture(nn.Module):
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
             index, weight = corners(coordinates, list(features[i].shape[2:]))
-            if index.shape[1] < features[i][0, 0].numel():
+            if _fewer(index.shape[1], features[i][0, 0].numel()):
                 expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
             else:
                 expert = weigh_corners(gather_points(mlp(features[i]), index), weight)

@@ -139,8 +139,9 @@ def point_coordinates(index: Tensor, size: List[int]) -> Tensor:
     axes: List[Tensor] = []
     rest = index
     for length in size[::-1]:
-        axes.append((2 * (rest % length) + 1).float() / length - 1)
-        rest = torch.div(rest, length, rounding_mode="floor")
+        whole = torch.div(rest, length, rounding_mode="floor")
+        axes.append((2 * (rest - whole * length) + 1).float() / length - 1)  # ONNX takes no % by a free size
+        rest = whole
     return torch.stack(axes[::-1], dim=-1)
 
 
