@@ -13,6 +13,7 @@ what the process needed at its peak beyond what it needed before the network was
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -168,10 +169,11 @@ class Worker:
         other.close()
 
     def __call__(self, *call: Any) -> Any:
-        self.pipe.send(call)
+        with contextlib.suppress(BrokenPipeError):  # it may have ended already, and left word of why
+            self.pipe.send(call)
         try:
             answer = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             raise MemoryError("the process ended, most likely for want of memory") from None
         if isinstance(answer, Exception):
             raise answer
