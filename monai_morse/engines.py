@@ -17,7 +17,7 @@ from monai.utils import fall_back_tuple
 from nibabel.orientations import io_orientation
 from torch import Tensor
 
-from monai_morse.errors import InputError, flag
+from monai_morse.errors import InputError, flag, one_of
 
 __all__ = [
     "AutocastInferer",
@@ -46,8 +46,7 @@ def prepare_batch_with_points(
     >>> args, kwargs
     ((), {'return_points': True, 'grid': [4, 4], 'placement': None})
     """
-    if coordinates not in COORDINATES:
-        raise InputError(f"coordinates must be one of {COORDINATES}, got {coordinates!r}")
+    one_of("coordinates", coordinates, COORDINATES)
     image, label = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
     if not isinstance(label, Tensor):
         raise InputError("training needs batches with a label: {'image': .., 'label': ..}")
@@ -130,8 +129,7 @@ class CoordinatesInferer(Inferer):
 
     def __init__(self, inferer: Inferer, coordinates: str = "window") -> None:
         super().__init__()
-        if coordinates not in COORDINATES:
-            raise InputError(f"coordinates must be one of {COORDINATES}, got {coordinates!r}")
+        one_of("coordinates", coordinates, COORDINATES)
         if not isinstance(inferer, SlidingWindowInferer):
             raise InputError(f"CoordinatesInferer wraps a SlidingWindowInferer, got a {type(inferer).__name__}")
         self.inferer = inferer

@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-__all__ = ["InputError", "flag", "short_errors"]
+__all__ = ["InputError", "flag", "one_of", "short_errors"]
 
 
 class InputError(ValueError):
     """Input (data, configuration or checkpoint) that cannot be used; the message says which and what to do."""
+
+
+def one_of(name: str, word: str, words: Iterable[str]) -> None:
+    """See that the word given for ``name`` is one of those known.
+
+    >>> one_of("experts", "sparse", ("none", "dense"))
+    Traceback (most recent call last):
+    monai_morse.errors.InputError: experts must be one of ('none', 'dense'), got 'sparse'
+    """
+    if word not in words:
+        raise InputError(f"{name} must be one of {tuple(words)}, got {word!r}")
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:

@@ -10,7 +10,7 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
-from monai_morse.errors import InputError
+from monai_morse.errors import one_of
 from monai_morse.networks import MorseOutput
 from monai_morse.networks.experts import resize
 from monai_morse.networks.points import gather_points
@@ -32,8 +32,7 @@ def render_weight(iteration: int, total: int, schedule: str = "ramp", lambda_ren
     >>> render_weight(75, 100), render_weight(50, 100), render_weight(75, 100, "half"), render_weight(1, 100, "scratch")
     (0.025, 0.0, 0.1, 0.1)
     """
-    if schedule not in SCHEDULES:
-        raise InputError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    one_of("schedule", schedule, SCHEDULES)
     if schedule == "scratch":
         return lambda_rend
     if iteration <= total / 2:

@@ -30,7 +30,7 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from monai_morse.errors import InputError
+from monai_morse.errors import one_of
 from monai_morse.losses import MorseLoss
 from monai_morse.networks import Morse
 from monai_morse.systems import BACKBONES, TINY_OPTIONS
@@ -283,8 +283,7 @@ def portability(
     """
     for kind, given, known in (("backbone", names, BACKBONES), ("check", checks, CHECKS)):
         for name in given or ():
-            if name not in known:
-                raise InputError(f"{kind} must be one of {tuple(known)}, got {name!r}")
+            one_of(kind, name, known)
     for name, check in itertools.product(names or BACKBONES, checks or CHECKS):
         own = BACKBONES[name].dims
         for d in [max(own)] if dims is None else [d for d in own if d in dims]:

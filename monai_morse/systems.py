@@ -30,7 +30,7 @@ from monai.networks.nets import (
 from torch import nn
 from tqdm import tqdm
 
-from monai_morse.errors import InputError
+from monai_morse.errors import one_of
 from monai_morse.losses import MorseLoss
 from monai_morse.networks import Morse, TransUNet, UNet3D
 from monai_morse.networks.morse import EXPERTS, RENDERERS
@@ -169,8 +169,7 @@ def systems(names: Sequence[str] | None = None) -> Iterator[System]:
         InputError: for an unknown backbone.
     """
     for name in names or BACKBONES:
-        if name not in BACKBONES:
-            raise InputError(f"backbone must be one of {tuple(BACKBONES)}, got {name!r}")
+        one_of("backbone", name, BACKBONES)
     for name in names or BACKBONES:
         backbone = BACKBONES[name]
         for dims in backbone.dims:

@@ -1,7 +1,10 @@
 """Small data and networks that several tests share."""
 
+import copy
+import io
 import json
 import os
+import pickle
 from pathlib import Path
 
 import nibabel as nib
@@ -27,6 +30,30 @@ SMALL = {
 def window(name, dims, batch=2):
     """An input that a tiny backbone takes."""
     return torch.rand(batch, 1, *BACKBONES[name].window[:dims])
+
+
+def check_twins(net, inputs, exported):
+    """Logits of copied, pickled, scripted and traced twins, and of one exported for an input, are the network's own."""
+
+    def logits(function, x):
+        out = function(x)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    with torch.no_grad():
+        stored = io.BytesIO()
+        torch.jit.save(torch.jit.script(net), stored)
+        stored.seek(0)
+        twins = {
+            "copy": copy.deepcopy(net),
+            "pickle": pickle.loads(pickle.dumps(net)),
+            "script": torch.jit.load(stored),
+            "trace": torch.jit.trace(net, inputs[0], check_trace=False),
+        }
+        for name, twin in twins.items():
+            for x in inputs:
+                assert torch.allclose(logits(twin, x), logits(net, x), atol=1e-5), name
+        twin = torch.export.export(net, (exported,)).module()
+        assert torch.allclose(logits(twin, exported), logits(net, exported), atol=1e-5)
 
 
 @pytest.fixture(autouse=True)

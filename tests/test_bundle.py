@@ -251,13 +251,14 @@ def test_required_properties_are_there(config, kind, msd):
 
 
 def test_training_and_inference_build_the_same_network():
-    train, evaluate, inference = (
-        ConfigParser.load_config_file(CONFIGS / f"{n}.yaml") for n in ("train", "evaluate", "inference")
-    )
+    train, inference = (ConfigParser.load_config_file(CONFIGS / f"{n}.yaml") for n in ("train", "inference"))
+    evaluate = ConfigParser()
+    evaluate.read_config([str(CONFIGS / f"{n}.yaml") for n in ("train", "evaluate")])
     assert train["network_def"] == inference["network_def"]
     windows = inference["inferer"]["inferer"]["inferer"]["inferer"]
-    assert train["validate"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
-    assert evaluate["validate#inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
+    assert train["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
+    assert evaluate["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
+    assert evaluate["validate"]["inferer"]["inferer"]["scale"] == inference["inferer"]["inferer"]["scale"] == "@render_scale"
     system = ("experts", "renderer", "num_experts", "width", "alpha", "coarse", "coordinates")
     for name in (*system, "in_channels", "spacing", "patch_size"):
         assert train[name] == inference[name], name

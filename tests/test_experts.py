@@ -85,7 +85,7 @@ def test_mixture_equals_the_equations(batch, channels, sizes, size):
     with torch.no_grad():
         expected, weights = slow_mixture(m, features, size)
         assert torch.allclose(m(features, size), expected, atol=1e-6)
-        gate = resize(m.gate_logits(features, ones(features), size), size).softmax(1)
+        gate = resize(m.gate_logits(m.seen_by_gate(features, ones(features), size), size), size).softmax(1)
     assert torch.allclose(gate, weights, atol=1e-6)
     assert torch.allclose(gate.sum(1), torch.ones_like(gate[:, 0]))
     assert (gate >= 0).all()
@@ -102,7 +102,7 @@ def test_gate_is_four_convolutions_of_the_papers_widths():
 def test_coarse_gate_still_sums_to_one_and_keeps_the_size():
     m = Mixture([4, 4], 3, width=4, gate_stride=4)
     features = [torch.randn(2, 4, 3, 4, 5), torch.randn(2, 4, 6, 8, 10)]
-    assert m.gate_logits(features, ones(features), [6, 8, 10]).shape == (2, 2, 2, 2, 3)
+    assert m.gate_logits(m.seen_by_gate(features, ones(features), [6, 8, 10]), [6, 8, 10]).shape == (2, 2, 2, 2, 3)
     assert m(features, [6, 8, 10]).shape == (2, 4, 6, 8, 10)
 
 

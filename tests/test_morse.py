@@ -155,7 +155,7 @@ def test_without_experts_a_point_reads_every_decoder_feature_there(dims):
         up = [torch.nn.functional.interpolate(f, size, mode=mode, align_corners=False).flatten(2) for f in features]
         coordinates = P.point_coordinates(index, size)
         expected = net.renderer(torch.cat(up, 1), coordinates, coarse.flatten(2), torch.zeros(1, 0))
-        assert torch.allclose(net._render(maps, coordinates, None), expected, atol=1e-4)
+        assert torch.allclose(net._render(maps, coordinates, coarse.flatten(2), None), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])

@@ -1,14 +1,13 @@
 """TransUNet: the published size, what it computes, the public weights by name, and what it must go through."""
 
 import copy
-import io
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import check_twins
 from scipy import ndimage
 
 from monai_morse import InputError
@@ -319,26 +318,7 @@ def test_decoder_features_are_the_four_upsampling_blocks():
 def test_copy_pickle_script_trace_and_export_equal_eager(wrap):
     net = wrap(small()).eval()
     first, second = torch.rand(1, 1, 64, 64), torch.rand(2, 1, 32, 48)
-
-    def logits(function, x):
-        out = function(x)
-        return out if isinstance(out, torch.Tensor) else out[0]
-
-    with torch.no_grad():
-        stored = io.BytesIO()
-        torch.jit.save(torch.jit.script(net), stored)
-        stored.seek(0)
-        twins = {
-            "copy": copy.deepcopy(net),
-            "pickle": pickle.loads(pickle.dumps(net)),
-            "script": torch.jit.load(stored),
-            "trace": torch.jit.trace(net, first, check_trace=False),
-        }
-        for name, twin in twins.items():
-            for x in (first, second):
-                assert torch.allclose(logits(twin, x), logits(net, x), atol=1e-5), name
-        exported = torch.export.export(net, (second,)).module()  # interpolates the position embeddings
-        assert torch.allclose(logits(exported, second), logits(net, second), atol=1e-5)
+    check_twins(net, (first, second), exported=second)  # interpolates the position embeddings
 
 
 def test_every_parameter_gets_a_gradient():

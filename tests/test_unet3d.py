@@ -1,12 +1,9 @@
 """The published 3D U-Net: its size, its wiring, and what it must go through."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import check_twins
 
 from monai_morse import InputError
 from monai_morse.networks import DecoderFeatures
@@ -96,26 +93,7 @@ def test_decoder_features_are_the_bottleneck_and_three_levels():
 def test_copy_pickle_script_trace_and_export_equal_eager(wrap):
     net = wrap(small()).eval()
     first, second = torch.rand(1, 2, 16, 16, 24), torch.rand(2, 2, 8, 24, 16)
-
-    def logits(function, x):
-        out = function(x)
-        return out if isinstance(out, torch.Tensor) else out[0]
-
-    with torch.no_grad():
-        stored = io.BytesIO()
-        torch.jit.save(torch.jit.script(net), stored)
-        stored.seek(0)
-        twins = {
-            "copy": copy.deepcopy(net),
-            "pickle": pickle.loads(pickle.dumps(net)),
-            "script": torch.jit.load(stored),
-            "trace": torch.jit.trace(net, first, check_trace=False),
-        }
-        for name, twin in twins.items():
-            for x in (first, second):
-                assert torch.allclose(logits(twin, x), logits(net, x), atol=1e-5), name
-        exported = torch.export.export(net, (first,)).module()
-        assert torch.allclose(logits(exported, first), logits(net, first), atol=1e-5)
+    check_twins(net, (first, second), exported=first)
 
 
 def test_every_parameter_gets_a_gradient():

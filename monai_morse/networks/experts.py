@@ -22,12 +22,15 @@ class PointwiseMLP(nn.Module):
         in_channels: C of the input.
         channels: width of each layer, e.g. (256, 256).
         last_activation: whether the last layer is followed by a ReLU too; default True.
+        last_zero: whether the last layer's weights start at zero; default False.
 
     >>> PointwiseMLP(3, [8, 4])(torch.rand(2, 3, 5, 6, 7)).shape
     torch.Size([2, 4, 5, 6, 7])
     """
 
-    def __init__(self, in_channels: int, channels: Sequence[int], last_activation: bool = True) -> None:
+    def __init__(
+        self, in_channels: int, channels: Sequence[int], last_activation: bool = True, last_zero: bool = False
+    ) -> None:
         super().__init__()
         layers: List[nn.Module] = []
         for i, width in enumerate(channels):
@@ -36,6 +39,8 @@ class PointwiseMLP(nn.Module):
             assert linear.bias is not None
             # torch's default shrinks the signal by a factor of about 2.4 per ReLU layer
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu" if activated else "linear")
+            if last_zero and i + 1 == len(channels):
+                nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
             layers += [linear, nn.ReLU()] if activated else [linear]
             in_channels = width
@@ -54,7 +59,8 @@ def shrink(x: Tensor, size: List[int]) -> Tensor:
         return x
     step = [a // b for a, b in zip(x.shape[2:], smaller)]
     if [s * n for s, n in zip(step, smaller)] == list(x.shape[2:]):  # the same, and ONNX has it in 3D
-        return F.avg_pool2d(x, step) if x.ndim == 4 else F.avg_pool3d(x, step)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))  # a CPU pools no half precision in 3D
+        return (F.avg_pool2d(y, step) if x.ndim == 4 else F.avg_pool3d(y, step)).to(x.dtype)
     return F.interpolate(x, smaller, mode="area")
 
 
@@ -163,38 +169,52 @@ class Mixture(nn.Module):
     def forward(self, features: List[Tensor], size: List[int]) -> Tensor:
         """Decoder features (B, C_i, *S_i), coarse to fine, and the input's ``size`` *S -> x_out (B, width, *S)."""
         keep = self.dropout(features[0].shape[0])
-        weights = resize(self.gate_logits(features, keep, size), size).softmax(dim=1)
+        seen = self.seen_by_gate(features, keep, size)
+        weights = resize(self.gate_logits(seen, size), size).softmax(dim=1)
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
-            expert = keep_expert(mlp(features[i]), keep[:, i])
+            whole = seen[i].shape[2:] == features[i].shape[2:]
+            expert = seen[i] if whole else keep_expert(mlp(features[i]), keep[:, i])
             mixed = mixed + weights[:, i : i + 1] * resize(expert, size)
         return self.fuse(mixed)
 
     def at_points(self, features: List[Tensor], coordinates: Tensor, size: List[int]) -> Tensor:
         """``forward`` at ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S.
 
-        An expert is computed at the voxels that interpolation reads, or everywhere where those are more than its map has.
+        An expert that the gate has seen whole is sampled; another is computed at the voxels that interpolation reads, or
+        everywhere where those are more than its map has.
         """
         keep = self.dropout(features[0].shape[0])
-        weights = sample_linear(self.gate_logits(features, keep, size), coordinates).softmax(dim=1)
+        seen = self.seen_by_gate(features, keep, size)
+        weights = sample_linear(self.gate_logits(seen, size), coordinates).softmax(dim=1)
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
-            index, weight = corners(coordinates, list(features[i].shape[2:]))
-            if _fewer(index.shape[1], features[i][0, 0].numel()):
-                expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
+            if seen[i].shape[2:] == features[i].shape[2:]:
+                expert = sample_linear(seen[i], coordinates)
             else:
-                expert = weigh_corners(gather_points(mlp(features[i]), index), weight)
-            mixed = mixed + weights[:, i : i + 1] * keep_expert(expert, keep[:, i])
+                index, weight = corners(coordinates, list(features[i].shape[2:]))
+                if _fewer(index.shape[1], features[i][0, 0].numel()):
+                    expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
+                else:
+                    expert = sample_linear(mlp(features[i]), coordinates)
+                expert = keep_expert(expert, keep[:, i])
+            mixed = mixed + weights[:, i : i + 1] * expert
         return self.fuse(mixed)
 
-    def gate_logits(self, features: List[Tensor], keep: Tensor, size: List[int]) -> Tensor:
-        """Logits of equation 1 at 1 / gate_stride of ``size``: W is their softmax over the experts, after upsampling."""
-        gate_size = [-(-s // self.gate_stride) for s in size]
-        joined: List[Tensor] = []
+    def gate_size(self, size: List[int]) -> List[int]:
+        return [-(-s // self.gate_stride) for s in size]
+
+    def seen_by_gate(self, features: List[Tensor], keep: Tensor, size: List[int]) -> List[Tensor]:
+        """Experts times dropout factors, of features averaged where the gate's grid is coarser than theirs."""
+        gate_size = self.gate_size(size)
+        seen: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
-            # averaged before the MLP where the gate's grid is the coarser one, upsampled after it where it is the finer one
-            expert = resize(mlp(shrink(features[i], gate_size)), gate_size)
-            joined.append(keep_expert(expert, keep[:, i]))
+            seen.append(keep_expert(mlp(shrink(features[i], gate_size)), keep[:, i]))
+        return seen
+
+    def gate_logits(self, seen: List[Tensor], size: List[int]) -> Tensor:
+        """Logits of equation 1 at 1 / gate_stride of ``size``: W is their softmax over the experts, after upsampling."""
+        joined = torch.cat([resize(expert, self.gate_size(size)) for expert in seen], dim=1)
         if self.gate is None:
-            return torch.zeros_like(joined[0][:, :1])
-        return self.gate(torch.cat(joined, dim=1))
+            return torch.zeros_like(joined[:, :1])
+        return self.gate(joined)

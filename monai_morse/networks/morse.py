@@ -7,7 +7,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from monai_morse.errors import InputError
+from monai_morse.errors import InputError, one_of
 
 from . import points as P
 from .decoders import DecoderFeatures, DecoderFunction, decoder_names
@@ -55,12 +55,6 @@ class MorseOutput(NamedTuple):
     """(B, K, P)"""
     point_index: Tensor
     """flat indices of the points in the grid they were drawn from, (B, P)"""
-
-
-def _one_of(name: str, word: str, words: Sequence[str]) -> str:
-    if word not in words:
-        raise InputError(f"{name} must be one of {tuple(words)}, got {word!r}")
-    return word
 
 
 def _build(name: str, kind: Any, *args: Any, **options: Any) -> Any:
@@ -123,12 +117,12 @@ class Morse(nn.Module):
         decoder: Sequence[str] | DecoderFunction | None = None,
     ) -> None:
         super().__init__()
-        _one_of("experts", experts, EXPERTS)
-        _one_of("renderer", renderer, tuple(RENDERERS))
-        _one_of("preset", preset, tuple(PRESETS))
+        one_of("experts", experts, EXPERTS)
+        one_of("renderer", renderer, RENDERERS)
+        one_of("preset", preset, PRESETS)
         if coarse is None:
             coarse = "experts" if renderer == "none" else PRESETS[preset]["coarse"]
-        _one_of("coarse", coarse, COARSE)
+        one_of("coarse", coarse, COARSE)
         mixture, head = {**PRESETS[preset]["mixture"], **(mixture or {})}, {**PRESETS[preset]["head"], **(head or {})}
         if experts != "none" and renderer == "none" and coarse == "backbone":
             raise InputError("experts without a renderer need coarse='experts': nothing else would use them")
@@ -165,6 +159,7 @@ class Morse(nn.Module):
             context = sum(f.channels for f in self.decoder.info)
             sizes = sum(channels), num_classes, spatial_dims, context
             self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
+        self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
 
     def forward(
         self,
@@ -199,9 +194,12 @@ class Morse(nn.Module):
         if return_points:
             score = P.uncertainty(coarse.detach())
             index = P.select_training_points(score, self.num_train, self.oversample, self.importance_ratio)
-            return MorseOutput(maps.coarse, self._render(maps, P.point_coordinates(index, size), placement), index)
-        index = self._uncertain_index(coarse, x)
-        return P.write_points(coarse, index, self._render(maps, P.point_coordinates(index, size), placement))
+        else:
+            index = self._uncertain_index(coarse, x)
+        rendered = self._render(maps, P.point_coordinates(index, size), P.gather_points(coarse, index), placement)
+        if return_points:
+            return MorseOutput(maps.coarse, rendered, index)
+        return P.write_points(coarse, index, rendered)
 
     @torch.jit.unused
     def render_at(self, x: Tensor, coordinates: Tensor, placement: Optional[Tensor] = None) -> Tensor:
@@ -215,7 +213,8 @@ class Morse(nn.Module):
         Returns:
             (B, K, P). Without a renderer, the coarse logits interpolated linearly.
         """
-        return self._render(self._maps(x), coordinates, placement)
+        maps = self._maps(x)
+        return self._render(maps, coordinates, P.sample_linear(maps.coarse, coordinates), placement)
 
     @torch.jit.unused
     def uncertainty(self, x: Tensor) -> Tensor:
@@ -246,9 +245,8 @@ class Morse(nn.Module):
         score = P.uncertainty(coarse)
         return P.select_uncertain_points(score, -(-self.num_eval * score.shape[1] // x[0, 0].numel()))
 
-    def _render(self, maps: _Maps, coordinates: Tensor, placement: Optional[Tensor]) -> Tensor:
-        """Logits (B, K, P) at coordinates (B, P, len(S))."""
-        logits = P.sample_linear(maps.coarse, coordinates)
+    def _render(self, maps: _Maps, coordinates: Tensor, logits: Tensor, placement: Optional[Tensor]) -> Tensor:
+        """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P)."""
         if self.renderer is None or coordinates.shape[1] == 0:
             return logits
         if self.mixture is not None and self.classifier is None:
@@ -256,7 +254,9 @@ class Morse(nn.Module):
         else:
             sources = maps.mixed if len(maps.mixed) > 0 else maps.features
             sampled = torch.cat([P.sample_linear(source, coordinates) for source in sources], dim=1)
-        context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
+        context = logits[:, :0, 0]
+        if self.reads_context:
+            context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
         if placement is not None:
             coordinates = P.place(coordinates, placement)
         return self.renderer(sampled, coordinates, logits, context)

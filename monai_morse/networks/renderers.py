@@ -5,7 +5,7 @@ Each is called as ``head(features, coordinates, coarse, context)`` and returns l
 - features (B, C, P): x_out, or the decoder features side by side, at the points
 - coordinates (B, P, len(S)) in [-1, 1]
 - coarse (B, K, P): coarse logits at the points
-- context (B, C'): the mean of every decoder feature over its map
+- context (B, C'): the mean of every decoder feature over its map; nothing, (B, 0), for a head whose ``reads_context`` is false
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class AnatomicalHead(nn.Module):
     torch.Size([2, 3, 10])
     """
 
+    reads_context = False
+
     def __init__(
         self,
         in_channels: int,
@@ -83,9 +85,8 @@ class AnatomicalHead(nn.Module):
         super().__init__()
         self.residual = residual
         self.encoding = FourierEncoding(spatial_dims, num_frequencies)
-        self.mlp = PointwiseMLP(2 * num_frequencies + in_channels, [width, width, num_classes], last_activation=False)
-        if residual:
-            nn.init.zeros_(list(self.mlp.layers[-1].parameters())[0])
+        widths = [width, width, num_classes]
+        self.mlp = PointwiseMLP(2 * num_frequencies + in_channels, widths, last_activation=False, last_zero=residual)
 
     def forward(self, features: Tensor, coordinates: Tensor, coarse: Tensor, context: Tensor) -> Tensor:
         encoded = self.encoding(coordinates).to(features.dtype)
@@ -109,6 +110,8 @@ class PointRendHead(nn.Module):
     torch.Size([2, 3, 10])
     """
 
+    reads_context = False
+
     def __init__(
         self,
         in_channels: int,
@@ -123,9 +126,7 @@ class PointRendHead(nn.Module):
         self.residual = residual
         inputs = [in_channels, width, width]
         self.hidden = nn.ModuleList([PointwiseMLP(c + num_classes, [width]) for c in inputs])
-        self.predictor = PointwiseMLP(width + num_classes, [num_classes], last_activation=False)
-        if residual:
-            nn.init.zeros_(list(self.predictor.parameters())[0])
+        self.predictor = PointwiseMLP(width + num_classes, [num_classes], last_activation=False, last_zero=residual)
 
     def forward(self, features: Tensor, coordinates: Tensor, coarse: Tensor, context: Tensor) -> Tensor:
         logits = coarse.to(features.dtype)
@@ -155,6 +156,8 @@ class ImplicitPointRendHead(nn.Module):
     torch.Size([2, 3, 10])
     """
 
+    reads_context = True
+
     def __init__(
         self,
         in_channels: int,
@@ -172,9 +175,7 @@ class ImplicitPointRendHead(nn.Module):
         self.encoding = FourierEncoding(spatial_dims, num_frequencies)
         self.encoding.frequencies.requires_grad_(False)
         self.widths: List[int] = [2 * num_frequencies + in_channels, width, width, num_classes]
-        start = PointwiseMLP(self.widths[0], self.widths[1:], last_activation=False)
-        if residual:
-            nn.init.zeros_(list(start.layers[-1].parameters())[0])
+        start = PointwiseMLP(self.widths[0], self.widths[1:], last_activation=False, last_zero=residual)
         weights = torch.cat([p.detach().flatten() for p in start.parameters()])
         self.hidden = PointwiseMLP(context_channels, [width, width])
         self.generator = nn.Linear(width, len(weights))
