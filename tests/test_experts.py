@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from monai_morse import InputError
-from monai_morse.networks.experts import ExpertDropout, Mixture, PointwiseMLP, resize
+from monai_morse.networks.experts import ExpertDropout, Mixture, PointwiseMLP, resize, shrink
 from monai_morse.networks.points import gather_points, point_coordinates
 
 
@@ -97,6 +97,20 @@ def test_gate_is_four_convolutions_of_the_papers_widths():
     assert [c.out_channels for c in convs] == [256, 256, 256, 3]
     assert all(c.kernel_size == (3, 3, 3) for c in convs) and convs[0].in_channels == 3 * 256
     assert not isinstance(m.gate[-1], torch.nn.ReLU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size, smaller", [((6, 4), (3, 4)), ((6, 4, 8), (3, 1, 2)), ((5, 4, 7), (3, 2, 7))], ids=str)
+def test_shrinking_averages_at_any_precision(size, smaller, dtype):
+    x = torch.randn(2, 3, *size).to(dtype)
+    expected = torch.zeros(2, 3, *smaller, dtype=torch.float64)
+    for place in itertools.product(*[range(n) for n in smaller]):
+        # a coarse voxel's share: from its lower face, rounded down, to its upper, rounded up
+        block = [slice(i * m // n, -(-(i + 1) * m // n)) for i, m, n in zip(place, size, smaller)]
+        expected[(..., *place)] = x.double()[(..., *block)].flatten(2).mean(2)
+    got = shrink(x, list(smaller))
+    assert got.dtype == dtype
+    assert torch.allclose(got.double(), expected, atol=4 * torch.finfo(dtype).eps)
 
 
 def test_coarse_gate_still_sums_to_one_and_keeps_the_size():

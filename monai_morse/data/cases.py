@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from monai_morse.errors import InputError
+from monai_morse.errors import InputError, one_of
 
 __all__ = ["find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
 
@@ -90,8 +90,7 @@ def msd_cases(
     broken = [e for e in entries if not isinstance(e, Mapping) or not {"image", "label"} <= e.keys()]
     if broken:
         raise InputError(f"{root}/dataset.json: every training case needs an image and a label, got {broken[0]}")
-    if split not in ("train", "val", "all"):
-        raise InputError(f"split must be one of ('train', 'val', 'all', 'test'), got {split!r}")
+    one_of("split", split, ("train", "val", "all", "test"))
     if split == "all":
         return [{k: str(root / e[k]) for k in ("image", "label")} for e in entries]
     patients = sorted({str(e.get("patient", e["label"])) for e in entries})
