@@ -1,12 +1,14 @@
-"""What MORSE costs, as ratios to the bare backbone measured in the same run.
+"""What MORSE costs, as ratios to the bare backbone (or to another row) measured in the same run.
 
     python -m benchmarks.cost                     # 3D 96^3 and 2D 256^2; for a GPU or a patient machine
     python -m benchmarks.cost --small             # 3D 48^3 (64^3 where 48 does not fit) and 2D 128^2
-    python -m benchmarks.cost --small --backbones UNETR --rows default paper --json cost.json
+    python -m benchmarks.cost --small --backbones UNETR --rows default pointrend --json cost.json
+    python -m benchmarks.cost --small --backbones UNETR --rows paper --base literal --repeats 10
 
-A row and its bare backbone run in two processes of their own, in turn, repeat after repeat, so that neither heat nor other work
-nor the other's memory counts against one of them. Time is the median of the repeats' ratios, with their spread; memory is
-what the process needed at its peak beyond what it needed before the network was built (on CUDA,
+A row and its base run in two processes of their own, in turn, repeat after repeat, so that neither heat nor other work nor the
+other's memory counts against one of them; both draw the same dropout masks and points. Time is the median of the repeats'
+ratios with the lowest and the highest, and of training steps, whose cost depends on the mask, the ratio of the sums ("mean").
+Memory is what the process needed at its peak beyond what it needed before the network was built (on CUDA,
 ``max_memory_allocated``); multiply-adds are those of torch's FlopCounterMode, half its count.
 """
 
@@ -102,6 +104,7 @@ class Bench:
         self.optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
         self.call: Callable[..., Any] = torch.compile(self.network) if compiled else self.network
         self.morse = row != "bare"
+        self.runs = 0
 
     def _peak(self) -> float:
         """Bytes."""
@@ -138,6 +141,8 @@ class Bench:
         """Seconds of one repeat."""
         training = figure == "training step"
         self.network.train(training)
+        torch.manual_seed(self.runs)
+        self.runs += 1
         job = {"training step": self._train, "inference": self._infer, "sliding window": self._slide}[figure]
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -184,28 +189,29 @@ class Worker:
         self.process.join()
 
 
-def measure(backbone: str, row: str, repeats: int, **options: bool) -> dict[str, Any]:
-    """Every figure of one row as [ratio to the bare backbone, lowest, highest repeat]; ``error`` where it could not be had."""
+def measure(backbone: str, row: str, repeats: int, base: str = "bare", **options: bool) -> dict[str, Any]:
+    """Every figure of one row as [ratio to its base, lowest, highest repeat, mean]; ``error`` where it could not be had."""
     arguments = (options["small"], options["amp"], options["compiled"], options["channels_last"])
-    workers = [Worker(backbone, name, *arguments) for name in ("bare", row)]
-    result: dict[str, Any] = {"backbone": backbone, "row": row}
+    workers = [Worker(backbone, name, *arguments) for name in (base, row)]
+    result: dict[str, Any] = {"backbone": backbone, "row": row, "base": base}
     try:
         bare, own = (w("count") for w in workers)
         for figure in own:
-            result[figure] = [own[figure] / bare[figure]] * 3
-        result["absolute multiply-adds of bare"] = bare["multiply-adds"]
+            result[figure] = [own[figure] / bare[figure]] * 4
+        result["absolute multiply-adds of base"] = bare["multiply-adds"]
         for figure in TIMES:
             n = repeats if figure != "sliding window" else max(1, repeats // 2)
             for worker in workers:
                 worker("run", figure)  # warms up
             pairs = [[w("run", figure) for w in workers] for _ in range(n)]
             ratios = sorted(b / a for a, b in pairs)
-            result[figure] = [statistics.median(ratios), ratios[0], ratios[-1]]
+            mean = sum(b for _, b in pairs) / sum(a for a, _ in pairs)
+            result[figure] = [statistics.median(ratios), ratios[0], ratios[-1], mean]
             if figure != "sliding window":
                 bare_memory, own_memory = (w("memory") for w in workers)
                 result["memory, training" if figure == "training step" else "memory, inference"] = [
                     own_memory / bare_memory
-                ] * 3
+                ] * 4
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
@@ -217,16 +223,17 @@ def measure(backbone: str, row: str, repeats: int, **options: bool) -> dict[str,
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown."""
 
-    def cell(value: list[float] | None) -> str:
+    def cell(figure: str, value: list[float] | None) -> str:
         if value is None:
             return ""
-        middle, low, high = value
-        return f"{middle:.3g}" if low == high else f"{middle:.3g} ({low:.3g} to {high:.3g})"
+        middle, low, high, mean = value
+        spread = "" if low == high else f" ({low:.3g} to {high:.3g})"
+        return f"{middle:.3g}{spread}" + (f", mean {mean:.3g}" if figure == "training step" else "")
 
     lines = ["| backbone | row | " + " | ".join(FIGURES) + " |", "| --- " * (2 + len(FIGURES)) + "|"]
     for r in results:
         note = f" ({r['error']})" if "error" in r else ""
-        lines.append(f"| {r['backbone']} | {r['row']}{note} | " + " | ".join(cell(r.get(f)) for f in FIGURES) + " |")
+        lines.append(f"| {r['backbone']} | {r['row']}{note} | " + " | ".join(cell(f, r.get(f)) for f in FIGURES) + " |")
     return "\n".join(lines)
 
 
@@ -235,6 +242,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="small windows, for a CPU")
     parser.add_argument("--backbones", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], choices=list(ROWS))
+    parser.add_argument("--base", default="bare", choices=list(ROWS), help="the row that ratios are to")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compiled", action="store_true", help="torch.compile")
@@ -244,7 +252,7 @@ def main() -> None:
     options = {n: getattr(args, n) for n in ("small", "amp", "compiled", "channels_last")}
     results = []
     for backbone, row in tqdm([(b, r) for b in args.backbones for r in args.rows], desc="cost", disable=None):
-        results.append(measure(backbone, row, args.repeats, **options))
+        results.append(measure(backbone, row, args.repeats, args.base, **options))
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=1))
     print(table(results))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from monai_morse.errors import one_of
 from monai_morse.networks import MorseOutput
-from monai_morse.networks.experts import resize
 from monai_morse.networks.points import gather_points
+from monai_morse.networks.resampling import resize
 
 __all__ = ["SCHEDULES", "MorseLoss", "render_weight"]
 

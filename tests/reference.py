@@ -166,22 +166,20 @@ def morse_by_hand(net, x, b, placement=None):
     with torch.no_grad():
         features = [f(x[b : b + 1])[0].numpy() for f in backbone.features]
         coarse = backbone.logits(x[b : b + 1])[0].numpy()
-    sources = features
     if net.mixture is not None:
         mixture = mixture_by_hand(net.mixture, features, size)
     if net.classifier is not None:
-        x_out, coarse = np.zeros((net.mixture.out_channels, *size)), np.zeros_like(coarse)
+        coarse = np.zeros_like(coarse)
         for voxel in voxels(size):
-            x_out[(slice(None), *voxel)] = mixture(centre(voxel, size))[0]
-            coarse[(slice(None), *voxel)] = mlp(weights_of(net.classifier), value(x_out, voxel), last_relu=False)
-        sources = [x_out]
+            x_out = mixture(centre(voxel, size))[0]
+            coarse[(slice(None), *voxel)] = mlp(weights_of(net.classifier), x_out, last_relu=False)
     context = np.concatenate([[channel.mean() for channel in f] for f in features])
 
     def render(place):
-        if net.mixture is not None and net.classifier is None:
+        if net.mixture is not None:
             feature = mixture(place)[0]
         else:
-            feature = np.concatenate([value_at(s, place) for s in sources])
+            feature = np.concatenate([value_at(f, place) for f in features])
         encoded = place if placement is None else moved(placement[b], place)
         return head_by_hand(net.renderer, feature, encoded, value_at(coarse, place), context)
 

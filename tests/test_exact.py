@@ -52,7 +52,8 @@ def test_mixture_is_equations_1_and_2(batch, channels, sizes, size, stride):
     features = [torch.randn(batch, c, *s, dtype=torch.float64) for c, s in zip(channels, sizes)]
     places = torch.rand(batch, 4, len(size), dtype=torch.float64) * 2.2 - 1.1
     with torch.no_grad():
-        got, got_at = m(features, size), m.at_points(features, places, size)
+        keep = torch.ones(batch, len(channels), dtype=torch.float64)
+        got, got_at = m(features, size), m.at_points(features, keep, m.gate_logits(features, keep, size), places)
     for b in range(batch):
         mixture = mixture_by_hand(m, [d[b].numpy() for d in features], size)
         for voxel in voxels(size):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from monai_morse import InputError
-from monai_morse.networks.experts import ExpertDropout, Mixture, PointwiseMLP, resize, shrink
+from monai_morse.networks.experts import ExpertDropout, Mixture, PointwiseMLP
 from monai_morse.networks.points import gather_points, point_coordinates
+from monai_morse.networks.resampling import resize, shrink
 
 
 def slow_linear_up(x, size):
@@ -85,7 +86,7 @@ def test_mixture_equals_the_equations(batch, channels, sizes, size):
     with torch.no_grad():
         expected, weights = slow_mixture(m, features, size)
         assert torch.allclose(m(features, size), expected, atol=1e-6)
-        gate = resize(m.gate_logits(m.seen_by_gate(features, ones(features), size), size), size).softmax(1)
+        gate = resize(m.gate_logits(features, ones(features), size), size).softmax(1)
     assert torch.allclose(gate, weights, atol=1e-6)
     assert torch.allclose(gate.sum(1), torch.ones_like(gate[:, 0]))
     assert (gate >= 0).all()
@@ -116,7 +117,7 @@ def test_shrinking_averages_at_any_precision(size, smaller, dtype):
 def test_coarse_gate_still_sums_to_one_and_keeps_the_size():
     m = Mixture([4, 4], 3, width=4, gate_stride=4)
     features = [torch.randn(2, 4, 3, 4, 5), torch.randn(2, 4, 6, 8, 10)]
-    assert m.gate_logits(m.seen_by_gate(features, ones(features), [6, 8, 10]), [6, 8, 10]).shape == (2, 2, 2, 2, 3)
+    assert m.gate_logits(features, ones(features), [6, 8, 10]).shape == (2, 2, 2, 2, 3)
     assert m(features, [6, 8, 10]).shape == (2, 4, 6, 8, 10)
 
 
@@ -127,7 +128,9 @@ def test_mixture_at_points_equals_the_mixture_there(batch, channels, sizes, size
     features = [torch.randn(batch, c, *s, dtype=torch.float64) for c, s in zip(channels, sizes)]
     index = torch.randint(0, math.prod(size), (batch, 7))
     expected = gather_points(m(features, size), index)
-    assert torch.allclose(m.at_points(features, point_coordinates(index, size), size), expected, atol=1e-5)
+    keep = ones(features)
+    got = m.at_points(features, keep, m.gate_logits(features, keep, size), point_coordinates(index, size))
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("old, new", [([16, 2], [4, 8]), ([4, 16], [8, 4]), ([4, 16], [4, 4]), ([2, 9, 4], [4, 3, 4])])

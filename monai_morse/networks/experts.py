@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import List
 
 import torch
-import torch.nn.functional as F
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from monai_morse.errors import InputError
 
+from . import streaming
 from .points import corners, gather_points, sample_linear, weigh_corners
+from .resampling import resize, shrink
 
-__all__ = ["ExpertDropout", "Mixture", "PointwiseMLP", "resize"]
+__all__ = ["ExpertDropout", "Mixture", "PointwiseMLP"]
 
 
 class PointwiseMLP(nn.Module):
@@ -42,7 +43,7 @@ class PointwiseMLP(nn.Module):
             if last_zero and i + 1 == len(channels):
                 nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-            layers += [linear, nn.ReLU()] if activated else [linear]
+            layers += [linear, nn.ReLU(inplace=True)] if activated else [linear]
             in_channels = width
         self.layers = nn.Sequential(*layers)
 
@@ -50,26 +51,6 @@ class PointwiseMLP(nn.Module):
         """(B, C, *S) -> (B, channels[-1], *S), for any number of spatial axes from one."""
         y = self.layers(x.flatten(2))
         return y.reshape(list(y.shape[:2]) + list(x.shape[2:]))
-
-
-def shrink(x: Tensor, size: List[int]) -> Tensor:
-    """Average (B, C, *S) along the axes on which ``size`` is smaller."""
-    smaller = [min(a, b) for a, b in zip(x.shape[2:], size)]
-    if smaller == list(x.shape[2:]):
-        return x
-    step = [a // b for a, b in zip(x.shape[2:], smaller)]
-    if [s * n for s, n in zip(step, smaller)] == list(x.shape[2:]):  # the same, and ONNX has it in 3D
-        y = x.to(torch.promote_types(x.dtype, torch.float32))  # a CPU pools no half precision in 3D
-        return (F.avg_pool2d(y, step) if x.ndim == 4 else F.avg_pool3d(y, step)).to(x.dtype)
-    return F.interpolate(x, smaller, mode="area")
-
-
-def resize(x: Tensor, size: List[int]) -> Tensor:
-    """Resize (B, C, *S) to ``size``: averaging along the axes that get smaller, then linear (``align_corners=False``)."""
-    x = shrink(x, size)
-    if list(x.shape[2:]) == size:
-        return x
-    return F.interpolate(x, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
 
 
 class ExpertDropout(nn.Module):
@@ -162,59 +143,54 @@ class Mixture(nn.Module):
             widths = [width * len(channels), width, width, width, len(channels)]
             layers: List[nn.Module] = []
             for c_in, c_out in zip(widths[:-1], widths[1:]):
-                layers += [conv(c_in, c_out, kernel_size=3, padding=1), nn.ReLU()]
+                layers += [conv(c_in, c_out, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
             self.gate = nn.Sequential(*layers[:-1])
         self.fuse = PointwiseMLP(width, [width, width])
 
     def forward(self, features: List[Tensor], size: List[int]) -> Tensor:
         """Decoder features (B, C_i, *S_i), coarse to fine, and the input's ``size`` *S -> x_out (B, width, *S)."""
         keep = self.dropout(features[0].shape[0])
-        seen = self.seen_by_gate(features, keep, size)
-        weights = resize(self.gate_logits(seen, size), size).softmax(dim=1)
-        mixed = torch.zeros_like(weights[:, :1])
-        for i, mlp in enumerate(self.experts):
-            whole = seen[i].shape[2:] == features[i].shape[2:]
-            expert = seen[i] if whole else keep_expert(mlp(features[i]), keep[:, i])
-            mixed = mixed + weights[:, i : i + 1] * resize(expert, size)
-        return self.fuse(mixed)
+        return self.everywhere(features, keep, self.gate_logits(features, keep, size), size)
 
-    def at_points(self, features: List[Tensor], coordinates: Tensor, size: List[int]) -> Tensor:
-        """``forward`` at ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S.
+    def gate_logits(self, features: List[Tensor], keep: Tensor, size: List[int]) -> Tensor:
+        """Logits (B, N, *S / gate_stride) of equation 1: W is their softmax over the experts, after upsampling.
 
-        An expert that the gate has seen whole is sampled; another is computed at the voxels that interpolation reads, or
-        everywhere where those are more than its map has.
+        Args:
+            features: as for ``forward``; averaged where the gate's grid is coarser than theirs.
+            keep: dropout factors (B, N).
+            size: *S.
         """
-        keep = self.dropout(features[0].shape[0])
-        seen = self.seen_by_gate(features, keep, size)
-        weights = sample_linear(self.gate_logits(seen, size), coordinates).softmax(dim=1)
-        mixed = torch.zeros_like(weights[:, :1])
-        for i, mlp in enumerate(self.experts):
-            if seen[i].shape[2:] == features[i].shape[2:]:
-                expert = sample_linear(seen[i], coordinates)
-            else:
-                index, weight = corners(coordinates, list(features[i].shape[2:]))
-                if _fewer(index.shape[1], features[i][0, 0].numel()):
-                    expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
-                else:
-                    expert = sample_linear(mlp(features[i]), coordinates)
-                expert = keep_expert(expert, keep[:, i])
-            mixed = mixed + weights[:, i : i + 1] * expert
-        return self.fuse(mixed)
-
-    def gate_size(self, size: List[int]) -> List[int]:
-        return [-(-s // self.gate_stride) for s in size]
-
-    def seen_by_gate(self, features: List[Tensor], keep: Tensor, size: List[int]) -> List[Tensor]:
-        """Experts times dropout factors, of features averaged where the gate's grid is coarser than theirs."""
-        gate_size = self.gate_size(size)
+        gate_size = [-(-s // self.gate_stride) for s in size]
+        if self.gate is None:
+            return torch.zeros([keep.shape[0], 1] + gate_size, dtype=features[0].dtype, device=features[0].device)
+        if not torch.jit.is_scripting():
+            if self.gate_stride == 1 and streaming.possible(features, size):
+                return streaming.gate_logits(self, features, keep, size)
         seen: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
-            seen.append(keep_expert(mlp(shrink(features[i], gate_size)), keep[:, i]))
-        return seen
+            seen.append(resize(keep_expert(mlp(shrink(features[i], gate_size)), keep[:, i]), gate_size))
+        return self.gate(torch.cat(seen, dim=1))
 
-    def gate_logits(self, seen: List[Tensor], size: List[int]) -> Tensor:
-        """Logits of equation 1 at 1 / gate_stride of ``size``: W is their softmax over the experts, after upsampling."""
-        joined = torch.cat([resize(expert, self.gate_size(size)) for expert in seen], dim=1)
-        if self.gate is None:
-            return torch.zeros_like(joined[:, :1])
-        return self.gate(joined)
+    def everywhere(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
+        """x_out (B, width, *S) as a map, given dropout factors (B, N) and ``gate_logits``."""
+        weights = resize(gate_logits, size).softmax(dim=1)
+        mixed = torch.zeros_like(weights[:, :1])
+        for i, mlp in enumerate(self.experts):
+            mixed = mixed + weights[:, i : i + 1] * resize(keep_expert(mlp(features[i]), keep[:, i]), size)
+        return self.fuse(mixed)
+
+    def at_points(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, coordinates: Tensor) -> Tensor:
+        """x_out at ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S.
+
+        An expert is computed at the voxels that interpolation reads, or everywhere where those are more than its map has.
+        """
+        weights = sample_linear(gate_logits, coordinates).softmax(dim=1)
+        mixed = torch.zeros_like(weights[:, :1])
+        for i, mlp in enumerate(self.experts):
+            index, weight = corners(coordinates, list(features[i].shape[2:]))
+            if _fewer(index.shape[1], features[i][0, 0].numel()):
+                expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
+            else:
+                expert = sample_linear(mlp(features[i]), coordinates)
+            mixed = mixed + weights[:, i : i + 1] * keep_expert(expert, keep[:, i])
+        return self.fuse(mixed)

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from monai_morse.errors import InputError, one_of
 
 from . import points as P
+from . import streaming
 from .decoders import DecoderFeatures, DecoderFunction, decoder_names
-from .experts import Mixture, PointwiseMLP, resize
+from .experts import Mixture, PointwiseMLP
 from .renderers import AnatomicalHead, ImplicitPointRendHead, PointRendHead
+from .resampling import resize
 
 __all__ = ["Morse", "MorseOutput"]
 
@@ -39,11 +41,11 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 
 
 class _Maps(NamedTuple):
-    """Coarse logits (B, K, *S), the decoder features, and x_out where it exists as a map: a list of one or none."""
+    """Coarse logits (B, K, *S), the decoder features, and of a mixture its dropout factors and gate logits, else nothing."""
 
     coarse: Tensor
     features: List[Tensor]
-    mixed: List[Tensor]
+    mixing: List[Tensor]
 
 
 class MorseOutput(NamedTuple):
@@ -235,11 +237,23 @@ class Morse(nn.Module):
 
     def _maps(self, x: Tensor) -> _Maps:
         logits, features = self.decoder(x)
-        mixed: List[Tensor] = []
-        if self.mixture is not None and self.classifier is not None:
-            mixed = [self.mixture(features, list(x.shape[2:]))]
-            logits = self.classifier(mixed[0])
-        return _Maps(logits, features, mixed)
+        mixing: List[Tensor] = []
+        if self.mixture is not None:
+            size = list(x.shape[2:])
+            keep = self.mixture.dropout(x.shape[0])
+            gate_logits = self.mixture.gate_logits(features, keep, size)
+            mixing = [keep, gate_logits]
+            if self.classifier is not None:
+                logits = self._classify(features, keep, gate_logits, size)
+        return _Maps(logits, features, mixing)
+
+    def _classify(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
+        """Coarse logits (B, K, *S), a linear map of x_out."""
+        assert self.mixture is not None and self.classifier is not None
+        if not torch.jit.is_scripting():
+            if streaming.possible(features, size):
+                return streaming.classify(self.mixture, self.classifier, features, keep, gate_logits, size)
+        return self.classifier(self.mixture.everywhere(features, keep, gate_logits, size))
 
     def _uncertain_index(self, coarse: Tensor, x: Tensor) -> Tensor:
         score = P.uncertainty(coarse)
@@ -249,11 +263,10 @@ class Morse(nn.Module):
         """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P)."""
         if self.renderer is None or coordinates.shape[1] == 0:
             return logits
-        if self.mixture is not None and self.classifier is None:
-            sampled = self.mixture.at_points(maps.features, coordinates, list(maps.coarse.shape[2:]))
+        if self.mixture is not None:
+            sampled = self.mixture.at_points(maps.features, maps.mixing[0], maps.mixing[1], coordinates)
         else:
-            sources = maps.mixed if len(maps.mixed) > 0 else maps.features
-            sampled = torch.cat([P.sample_linear(source, coordinates) for source in sources], dim=1)
+            sampled = torch.cat([P.sample_linear(feature, coordinates) for feature in maps.features], dim=1)
         context = logits[:, :0, 0]
         if self.reads_context:
             context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
