@@ -39,14 +39,14 @@ from benchmarks.literal import LiteralMorse
 from monai_morse import Morse, MorseLoss
 from monai_morse.systems import BACKBONES
 
-ROWS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
-    "bare": lambda net, n: net,
-    "literal": lambda net, n: LiteralMorse(Morse(net, num_experts=n, preset="paper")),
-    "paper": lambda net, n: Morse(net, num_experts=n, preset="paper"),
-    "default": lambda net, n: Morse(net, num_experts=n),
-    "default, no rendering": lambda net, n: Morse(net, num_experts=n, points={"num_eval": 1, "num_train": 1}),
-    "pointrend": lambda net, n: Morse(net, "none", "pointrend", num_experts=n),
+ROWS: dict[str, dict[str, Any]] = {
+    "bare": {},
+    "literal": {"preset": "paper"},
+    "paper": {"preset": "paper"},
+    "default": {},
+    "pointrend": {"experts": "none", "renderer": "pointrend"},
 }
+GROUPS = {"width": "mixture", "gate_stride": "mixture", "num_train": "points", "num_eval": "points"}
 SETTINGS = {  # backbone: (spatial dimensions, small window)
     "BasicUNet": (2, 128),
     "TransUNet": (2, 128),
@@ -68,13 +68,38 @@ FIGURES = (
 CLASSES = 9
 
 
+def parse(row: str) -> tuple[str, dict[str, Any]]:
+    """``"default gate_stride=1 coarse=experts"`` -> its kind and the options of ``Morse``."""
+    kind, *changes = row.split()
+    if kind not in ROWS or not all("=" in c for c in changes):
+        raise ValueError(f"row {row!r}: must be one of {', '.join(ROWS)}, then option=value pairs")
+    options: dict[str, Any] = dict(ROWS[kind])
+    for key, value in (c.split("=", 1) for c in changes):
+        group = options.setdefault(GROUPS[key], {}) if key in GROUPS else options
+        group[key] = int(value) if value.isdigit() else value
+    return kind, options
+
+
 def build(backbone: str, row: str, small: bool) -> tuple[nn.Module, list[int]]:
     """The network and the size of its window."""
     dims, small_side = SETTINGS[backbone]
     size = [small_side if small else {2: 256, 3: 96}[dims]] * dims
+    kind, options = parse(row)
     torch.manual_seed(0)
-    bare = UNETR(1, CLASSES, size) if backbone == "UNETR" else BACKBONES[backbone].usual(dims, CLASSES)
-    return ROWS[row](bare, BACKBONES[backbone].num_experts), size
+    net: nn.Module = UNETR(1, CLASSES, size) if backbone == "UNETR" else BACKBONES[backbone].usual(dims, CLASSES)
+    if kind != "bare":
+        net = Morse(net, **{"num_experts": BACKBONES[backbone].num_experts, **options})
+    return LiteralMorse(net) if kind == "literal" else net, size
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most bytes that this process, or on CUDA its tensors, has held so far."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss starts from the parent's, even in a process of its own
+        return 1024.0 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 class Bench:
@@ -85,7 +110,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.before = self._peak()
+        self.before = peak_memory(self.device)
         network, size = build(backbone, row, small)
         self.network = network.to(self.device)
         self.amp = amp
@@ -103,17 +128,8 @@ class Bench:
         self.loss = MorseLoss(weight=0.1)
         self.optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
         self.call: Callable[..., Any] = torch.compile(self.network) if compiled else self.network
-        self.morse = row != "bare"
+        self.morse = parse(row)[0] != "bare"
         self.runs = 0
-
-    def _peak(self) -> float:
-        """Bytes."""
-        if self.device.type == "cuda":
-            return float(torch.cuda.max_memory_allocated())
-        status = Path("/proc/self/status")
-        if status.exists():  # ru_maxrss starts from the parent's, even in a process of its own
-            return 1024.0 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     def count(self) -> dict[str, float]:
         self.network.eval()
@@ -123,7 +139,7 @@ class Bench:
         return {"multiply-adds": counter.get_total_flops() / 2, "parameters": parameters}
 
     def memory(self) -> float:
-        return self._peak() - self.before
+        return peak_memory(self.device) - self.before
 
     def _infer(self) -> Tensor:
         return self.call(self.x[:1])
@@ -241,14 +257,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="small windows, for a CPU")
     parser.add_argument("--backbones", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], choices=list(ROWS))
-    parser.add_argument("--base", default="bare", choices=list(ROWS), help="the row that ratios are to")
+    rows = f"of {', '.join(ROWS)}, with options where wanted: 'default gate_stride=1 coarse=experts'"
+    parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], help=rows)
+    parser.add_argument("--base", default="bare", help="the row that ratios are to")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compiled", action="store_true", help="torch.compile")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--json", help="file for the figures, added to row by row")
     args = parser.parse_args()
+    for row in [args.base, *args.rows]:
+        try:
+            parse(row)
+        except ValueError as error:
+            parser.error(str(error))
     options = {n: getattr(args, n) for n in ("small", "amp", "compiled", "channels_last")}
     results = []
     for backbone, row in tqdm([(b, r) for b in args.backbones for r in args.rows], desc="cost", disable=None):

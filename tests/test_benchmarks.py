@@ -1,10 +1,13 @@
 """The benchmark's literal head is the paper preset, value and gradient; its table shows what was measured."""
 
+import math
+
 import pytest
 import torch
 from conftest import TINY, window
 
-from benchmarks.cost import measure, table
+from benchmarks.cost import measure, parse, table
+from benchmarks.growth import slope
 from benchmarks.literal import LiteralMorse
 from monai_morse import Morse, MorseLoss
 
@@ -54,5 +57,18 @@ def test_a_measurement_is_a_ratio_to_the_bare_backbone_of_the_same_run():
 
 def test_a_row_that_fails_says_why(monkeypatch):
     options = {"small": True, "amp": False, "compiled": False, "channels_last": False}
-    result = measure("BasicUNet", "no such row", 1, **options)
-    assert "KeyError" in result["error"] and "(KeyError" in table([result])
+    result = measure("BasicUNet", "default width=0", 1, **options)
+    assert "InputError" in result["error"] and "(InputError" in table([result])
+
+
+def test_a_row_is_a_kind_and_options():
+    changes = {"preset": "paper", "mixture": {"width": 8}, "points": {"num_eval": 9}, "coarse": "backbone"}
+    assert parse("paper width=8 num_eval=9 coarse=backbone") == ("paper", changes)
+    for row in ("papre", "default width 8"):
+        with pytest.raises(ValueError, match="must be one of bare, literal, paper"):
+            parse(row)
+
+
+def test_slope_of_a_square_is_two_and_of_noise_unknown():
+    assert slope([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2)
+    assert math.isnan(slope([1, 2, 4], [1.0, -0.1, 2.0]))
