@@ -2,8 +2,8 @@
 
     python -m benchmarks.growth --out docs/growth.png
 
-For each value, one process trains and runs a small 3D UNet and another the same UNet in ``Morse``. Drawn is the second minus the
-first; printed is the slope in log-log scale over the upper half of the values: 1 is linear.
+For each value, one process trains and runs a small 3D UNet and another the same UNet in ``Morse``. Drawn is the difference;
+printed is its slope in log-log scale over the upper half of the values: 1 is linear.
 """
 
 from __future__ import annotations
