@@ -165,13 +165,13 @@ class TrainingState:
     Written whole or not at all. Place it after the validation handler, so that the best metric so far is part of it.
 
     Args:
-        path: file to write, e.g. ``models/last.pt``.
+        path: file to write, e.g. ``models/model_last.pt``.
         network, optimizer: their states are kept, as is the trainer's epoch.
         lr_scheduler: a scheduler stepped once an epoch. It is replayed, not kept, so that a resumed training may have more
             epochs or another learning rate.
         evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.
-        resume: go on from ``path`` if it exists; default False, a fresh start, which first renames an existing ``last.pt`` to
-            ``last.previous.pt``.
+        resume: go on from ``path`` if it exists; default False, a fresh start, which first renames an existing file
+            ``model_last.pt`` to ``model_last.previous.pt``.
         settings: what must be the same in a resumed training, by name, e.g. ``{"fold": 0, "seed": 0}``; plain values.
 
     Raises:
