@@ -181,6 +181,7 @@ ERRORS = {
     "label out of range": (label_out_of_range, "case_2.nii.gz: labels \\[3.0\\] are outside 0 to 2"),
     "too few classes": (lambda d: {"class_names": "['all']"}, "class_names must be a list of 2 names"),
     "names of no list": (lambda d: {"class_names": "anterior"}, "class_names must be a list of 2 names"),
+    "nothing to validate on": (lambda d: {"validate#dataset#data": "[]"}, "no case to validate on: of 4 case"),
     "patch of no size": (lambda d: {"patch_size": "[10,10,10]"}, "does not take windows.*--patch_size '.16, 16, 16.'"),
     "nowhere to write": (lambda d: {"output_dir": d / "dataset.json" / "out"}, "cannot write to .*dataset.json/out"),
     "other settings": (lambda d: {"resume": "true", "fold": 1}, "training with fold 0, not 1"),

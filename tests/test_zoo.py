@@ -24,7 +24,8 @@ from monai.bundle import (
     verify_metadata,
     verify_net_in_out,
 )
-from monai.data import load_net_with_metadata
+from monai.data import MetaTensor, load_net_with_metadata
+from monai.transforms import Compose, SaveImaged
 
 from monai_morse import Morse, handlers
 from monai_morse.data import msd_cases
@@ -114,8 +115,7 @@ def test_the_networks_output_is_as_declared():
 
 @pytest.mark.parametrize("use_trace", [False, True])
 def test_ckpt_export_scripts_and_traces(use_trace, shipped, tmp_path):
-    options = {"use_trace": True, "input_shape": [1, 1, *WINDOW]} if use_trace else {}
-    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(WEIGHTS), **options, **FILES)
+    ckpt_export("network_def", filepath=str(tmp_path / "model.ts"), ckpt_file=str(WEIGHTS), use_trace=use_trace, **FILES)
     exported, meta, _ = load_net_with_metadata(str(tmp_path / "model.ts"))
     assert meta["version"] == META["version"]
     for x in (torch.rand(1, 1, *WINDOW), torch.rand(2, 1, 32, 32, 32)):
@@ -127,8 +127,8 @@ def test_onnx_export_is_the_same_network_in_onnxruntime(shipped, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install monai_morse[export]")
     pytest.importorskip("onnxscript", reason="pip install monai_morse[export]")
     path = str(tmp_path / "model.onnx")
-    options = {"input_shape": [1, 1, *WINDOW], "rtol": 1e-3, "atol": 1e-4}  # MONAI's own check: atol is 0 by default
-    onnx_export("network_def", filepath=path, ckpt_file=str(WEIGHTS), **options, **FILES)
+    check = {"verify": True, "use_ort": True, "rtol": 1e-3, "atol": 1e-4}  # MONAI's own; atol would be 0
+    onnx_export("network_def", filepath=path, ckpt_file=str(WEIGHTS), converter_kwargs=check, **FILES)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = torch.rand(1, 1, *WINDOW)
     with torch.no_grad():
@@ -163,8 +163,28 @@ def test_train_evaluate_and_infer_run_on_random_scans_with_all_properties(random
     run_here("train", ["train"], **{**words, **TINY}, dataset_dir=str(random_scans), max_epochs=1)
     run_here("train", ["train", "evaluate"], **{**words, **TINY}, dataset_dir=str(random_scans))
     run_here("infer", ["inference"], **words, dataset_dir=str(random_scans / "imagesTr"), weights=str(tmp_path / "model.pt"))
+    assert min((p.name for p in tmp_path.glob("*.pt")), key=len) == "model.pt"  # MONAI Label takes the shortest
     assert len(figures(tmp_path / "metrics.csv")) == 2 * 3
     assert len(list(tmp_path.glob("*_seg.nii.gz"))) == 9
+
+
+@pytest.mark.parametrize("dropout", [None, 0.7])
+def test_inference_takes_what_monai_label_does_to_it(dropout, random_scans):
+    """A key beside the image; and for epistemic scoring a dropout, whereupon it wants probabilities, not label maps."""
+    parser = ConfigParser()
+    parser.read_config(FILES["config_file"])
+    if dropout:
+        parser["network_def"]["dropout"] = dropout
+    path = str(random_scans / "imagesTr" / "case_0.nii.gz")
+    data = parser.get_parsed_content("preprocessing")({"image": path, "image_path": path})
+    assert data["image_path"] == path
+    data["pred"] = MetaTensor(torch.randn(3, *data["image"].shape[1:]), meta=data["image"].meta)
+    transforms = [t for t in parser.get_parsed_content("postprocessing").transforms if not isinstance(t, SaveImaged)]
+    found = Compose(transforms)(data)["pred"]
+    if dropout:
+        assert torch.allclose(found.sum(0).as_tensor(), torch.ones(24, 20, 18), atol=1e-5)
+    else:
+        assert found.shape == (1, 24, 20, 18) and set(found.unique().tolist()) == {0, 1, 2}
 
 
 def processes(files, folder, **words):
