@@ -1,6 +1,7 @@
 """Ignite handlers for MONAI's engines: lambda_t, repeatable epochs, checkpoints that survive a kill, per-case figures.
 
-Each is attached by its place in ``train_handlers`` or ``val_handlers``; handlers of one event run in that order.
+Each is attached by its place in ``train_handlers`` or ``val_handlers``; handlers of one event run in that order. In a
+distributed run each process has its own, files are written by the first alone, and ``network`` may be wrapped for it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
+from monai.networks.utils import get_state_dict
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
@@ -72,8 +76,10 @@ class RenderSchedule:
 class EpochSeed:
     """Seeds every source of randomness from the pair (seed, epoch) when an epoch starts.
 
-    An epoch then depends on the weights and optimizer it starts from and on nothing else, so that a killed training, resumed
-    from the last epoch's checkpoint, ends with the weights of one that was not killed (on the same machine, CPU).
+    In a distributed run, from (seed, epoch, rank): processes that augment, and drop experts, alike would waste the average of
+    their gradients. An epoch then depends on the weights and optimizer it starts from and on nothing else, so that a killed
+    training, resumed from the last epoch's checkpoint, ends with the weights of one that was not killed (on the same machine,
+    CPU).
 
     Args:
         seed: default 0.
@@ -94,7 +100,8 @@ class EpochSeed:
 
     def __call__(self, engine: Engine) -> None:
         # a hash, not a sum: epochs of seeds 0, 1, 2, .. would share their numbers
-        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
+        numbers = [self.seed, engine.state.epoch, idist.get_rank()]
+        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
         # the algorithms stay as the user chose them: only the seeds are set
         flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
         set_determinism(seed)
@@ -103,11 +110,13 @@ class EpochSeed:
             self.transform.set_random_state(seed)
 
 
+@idist.one_rank_only()
 def _save(obj: Any, path: Path) -> None:
     with written_whole(path) as partial:
         torch.save(obj, partial)
 
 
+@idist.one_rank_only()
 def _keep_earlier(path: Path) -> None:
     """A file of an earlier training is copied, under the time it was written, before a new training overwrites it."""
     if path.is_file():
@@ -118,6 +127,7 @@ def _keep_earlier(path: Path) -> None:
 
 
 def _load_network(network: nn.Module, state: Any, path: str | Path) -> None:
+    network = getattr(network, "module", network)  # out of DistributedDataParallel
     # compared first: load_state_dict copies what fits before it complains of what does not
     wanted = network.state_dict()
     given = state if isinstance(state, Mapping) else {}
@@ -165,13 +175,13 @@ class TrainingState:
     Written whole or not at all. Place it after the validation handler, so that the best metric so far is part of it.
 
     Args:
-        path: file to write, e.g. ``models/last.pt``.
+        path: file to write, e.g. ``models/model_last.pt``.
         network, optimizer: their states are kept, as is the trainer's epoch.
         lr_scheduler: a scheduler stepped once an epoch. It is replayed, not kept, so that a resumed training may have more
             epochs or another learning rate.
         evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.
-        resume: go on from ``path`` if it exists; default False, a fresh start, which first renames an existing ``last.pt`` to
-            ``last.previous.pt``.
+        resume: go on from ``path`` if it exists; default False, a fresh start, which first renames an existing file
+            ``model_last.pt`` to ``model_last.previous.pt``.
         settings: what must be the same in a resumed training, by name, e.g. ``{"fold": 0, "seed": 0}``; plain values.
 
     Raises:
@@ -202,7 +212,9 @@ class TrainingState:
 
     def start(self, engine: Engine) -> None:
         if not self.resume:
-            if self.path.is_file():  # moved: killed before its first epoch ends, this training has nothing to resume
+            if (
+                idist.get_rank() == 0 and self.path.is_file()
+            ):  # moved: killed before its first epoch ends, this training has nothing to resume
                 previous = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
                 os.replace(self.path, previous)
                 logger.info("an earlier training's %s is now %s", self.path.name, previous)
@@ -242,7 +254,7 @@ class TrainingState:
 
     def save(self, engine: Engine) -> None:
         state = {
-            "model": self.network.state_dict(),
+            "model": get_state_dict(self.network),
             "optimizer": self.optimizer.state_dict(),
             "epoch": engine.state.epoch,
             "settings": self.settings,
@@ -276,7 +288,7 @@ class BestModel:
     def __call__(self, engine: Engine) -> None:
         if engine.state.best_metric_epoch != engine.state.epoch:
             return
-        _save(self.network.state_dict(), self.path)
+        _save(get_state_dict(self.network), self.path)
         logger.info("new best %s %.4f: saved %s", engine.state.key_metric_name, engine.state.best_metric, self.path)
 
 
@@ -320,7 +332,8 @@ class CaseReport:
     The figures are MONAI's: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. Where only
     the prediction or only the label is empty, Dice and Jaccard are 0 and the distances, which do not exist, are left blank;
     where both are, all are. Expects one-hot ``pred`` and ``label`` in the engine's output. Each case is written when it is
-    done; the means are logged at the end, with how many cases they are of where that is not all.
+    done (those of other processes at the end); the means are logged at the end, with how many cases they are of where that is
+    not all.
 
     Args:
         path: the CSV file.
@@ -345,6 +358,7 @@ class CaseReport:
         engine.add_event_handler(Events.ITERATION_STARTED, self._start_clock)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop_clock)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.COMPLETED, self._gather)
         engine.add_event_handler(Events.COMPLETED, self._log)
 
     def _start_clock(self, engine: Engine) -> None:
@@ -375,12 +389,28 @@ class CaseReport:
                 row["seconds"] = self.seconds / len(outputs)
                 self.rows.append(row)
 
+        self._write()
+
+    @idist.one_rank_only()
+    def _write(self) -> None:
         with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, "seconds"])
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({k: self._cell(v) for k, v in row.items()})
 
+    def _gather(self, engine: Engine) -> None:
+        """The other processes' rows too, in the order of the cases, which a ``DistributedSampler`` deals out in turn."""
+        if idist.get_world_size() == 1:
+            return
+        parts: list[list[dict[str, Any]]] = [[] for _ in range(idist.get_world_size())]
+        torch.distributed.all_gather_object(parts, self.rows)
+        n = len(self.class_names)
+        dealt = zip_longest(*([part[i : i + n] for i in range(0, len(part), n)] for part in parts), fillvalue=[])
+        self.rows = [row for turn in dealt for case in turn for row in case]
+        self._write()
+
+    @idist.one_rank_only()
     def _log(self, engine: Engine) -> None:
         for class_name in self.class_names:
             rows = [r for r in self.rows if r["class"] == class_name]

@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
 def test_training_leaves_best_and_last_weights_and_tells_each_class(trained):
     _, out, log = trained
     best = torch.load(out / "model.pt", weights_only=True)
-    last = torch.load(out / "last.pt", weights_only=True)
+    last = torch.load(out / "model_last.pt", weights_only=True)
     assert best.keys() == last["model"].keys()
     assert last["epoch"] == 2 and last["settings"]["fold"] == 0
     assert "val_mean_dice_anterior" in log and "val_mean_dice_posterior" in log
@@ -70,10 +70,10 @@ def test_training_leaves_best_and_last_weights_and_tells_each_class(trained):
 
 def test_a_finished_training_goes_on_with_more_epochs(trained, tmp_path):
     data, run_dir, _ = trained
-    for name in ("last.pt", "model.pt"):
+    for name in ("model_last.pt", "model.pt"):
         (tmp_path / name).write_bytes((run_dir / name).read_bytes())
     succeed("train.yaml", dataset_dir=data, ckpt_dir=tmp_path, output_dir=tmp_path, max_epochs=3, resume="true", **TINY)
-    before, after = (torch.load(d / "last.pt", weights_only=True) for d in (run_dir, tmp_path))
+    before, after = (torch.load(d / "model_last.pt", weights_only=True) for d in (run_dir, tmp_path))
     assert after["epoch"] == 3
     assert any(not torch.equal(before["model"][k], v) for k, v in after["model"].items())  # a learning rate above 0
 
@@ -142,15 +142,15 @@ def test_killed_training_resumes_and_ends_with_the_same_weights(tmp_path):
     process = subprocess.Popen(command("train.yaml", ckpt_dir=killed, output_dir=killed, **options), **quiet)
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
-        if (killed / "last.pt").is_file() and torch.load(killed / "last.pt", weights_only=True)["epoch"] >= 2:
+        if (killed / "model_last.pt").is_file() and torch.load(killed / "model_last.pt", weights_only=True)["epoch"] >= 2:
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    assert torch.load(killed / "last.pt", weights_only=True)["epoch"] < 5
+    assert torch.load(killed / "model_last.pt", weights_only=True)["epoch"] < 5
 
     succeed("train.yaml", ckpt_dir=killed, output_dir=killed, resume="true", **options)
-    for name in ("last.pt", "model.pt"):
+    for name in ("model_last.pt", "model.pt"):
         a, b = (torch.load(d / name, weights_only=True) for d in (whole, killed))
         a, b = (s.get("model", s) for s in (a, b))
         assert all(torch.equal(a[k], b[k]) for k in a), name
@@ -181,6 +181,7 @@ ERRORS = {
     "label out of range": (label_out_of_range, "case_2.nii.gz: labels \\[3.0\\] are outside 0 to 2"),
     "too few classes": (lambda d: {"class_names": "['all']"}, "class_names must be a list of 2 names"),
     "names of no list": (lambda d: {"class_names": "anterior"}, "class_names must be a list of 2 names"),
+    "nothing to validate on": (lambda d: {"validate#dataset#data": "[]"}, "no case to validate on: of 4 case"),
     "patch of no size": (lambda d: {"patch_size": "[10,10,10]"}, "does not take windows.*--patch_size '.16, 16, 16.'"),
     "nowhere to write": (lambda d: {"output_dir": d / "dataset.json" / "out"}, "cannot write to .*dataset.json/out"),
     "other settings": (lambda d: {"resume": "true", "fold": 1}, "training with fold 0, not 1"),
@@ -194,9 +195,9 @@ def test_bad_input_ends_before_training_with_one_clear_message(name, trained, tm
     data = write_msd(tmp_path / "data")
     out = tmp_path / "run"
     out.mkdir()
-    for file in ("model.pt", "last.pt"):
+    for file in ("model.pt", "model_last.pt"):
         (out / file).write_bytes((trained[1] / file).read_bytes())
-    before = {f: (out / f).read_bytes() for f in ("model.pt", "last.pt")}
+    before = {f: (out / f).read_bytes() for f in ("model.pt", "model_last.pt")}
     options = {"dataset_dir": data, "ckpt_dir": out, "output_dir": out, "max_epochs": 3, **TINY}
     options.update(prepare(data))
     done = run("train.yaml", **options)
@@ -259,7 +260,7 @@ def test_training_and_inference_build_the_same_network():
     assert train["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
     assert evaluate["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
     assert evaluate["validate"]["inferer"]["inferer"]["scale"] == inference["inferer"]["inferer"]["scale"] == "@render_scale"
-    system = ("experts", "renderer", "num_experts", "width", "alpha", "coarse", "coordinates")
+    system = ("experts", "renderer", "num_experts", "width", "coarse", "coordinates")  # alpha matters in training alone
     for name in (*system, "in_channels", "spacing", "patch_size"):
         assert train[name] == inference[name], name
     assert inference["num_classes"] == len(train["class_names"]) + 1

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from monai_morse.errors import InputError, one_of
 
-__all__ = ["find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
+__all__ = ["check_split", "find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +200,24 @@ def usable_cases(
     if not good:
         raise InputError("no usable case: " + (problems[0] if problems else "the list of cases is empty"))
     return good
+
+
+def check_split(train: Sequence[Any], validation: Sequence[Any]) -> None:
+    """See that there is something to train on and something to validate on.
+
+    Raises:
+        InputError: when one is empty. Without validation no weights would ever be the best, and none be kept.
+
+    >>> check_split(["a"], [])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    monai_morse.errors.InputError: no case to validate on: of 1 case(s) at least one each is needed ...
+    """
+    for cases, what in ((train, "train"), (validation, "validate")):
+        if not cases:
+            raise InputError(
+                f"no case to {what} on: of {len(train) + len(validation)} case(s) at least one each is needed to train and to "
+                "validate; give more, or another split (MONAI Label: val_split)"
+            )
 
 
 def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:
