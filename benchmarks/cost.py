@@ -24,7 +24,7 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +205,9 @@ class Worker:
         self.process.join()
 
 
-def measure(backbone: str, row: str, repeats: int, base: str = "bare", **options: bool) -> dict[str, Any]:
+def measure(
+    backbone: str, row: str, repeats: int, base: str = "bare", times: Sequence[str] = TIMES, **options: bool
+) -> dict[str, Any]:
     """Every figure of one row as [ratio to its base, lowest, highest repeat, mean]; ``error`` where it could not be had."""
     arguments = (options["small"], options["amp"], options["compiled"], options["channels_last"])
     workers = [Worker(backbone, name, *arguments) for name in (base, row)]
@@ -215,7 +217,7 @@ def measure(backbone: str, row: str, repeats: int, base: str = "bare", **options
         for figure in own:
             result[figure] = [own[figure] / bare[figure]] * 4
         result["absolute multiply-adds of base"] = bare["multiply-adds"]
-        for figure in TIMES:
+        for figure in times:
             n = repeats if figure != "sliding window" else max(1, repeats // 2)
             for worker in workers:
                 worker("run", figure)  # warms up
@@ -260,6 +262,7 @@ def main() -> None:
     rows = f"of {', '.join(ROWS)}, with options where wanted: 'default gate_stride=1 coarse=experts'"
     parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], help=rows)
     parser.add_argument("--base", default="bare", help="the row that ratios are to")
+    parser.add_argument("--times", nargs="*", default=list(TIMES), choices=list(TIMES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compiled", action="store_true", help="torch.compile")
@@ -274,7 +277,7 @@ def main() -> None:
     options = {n: getattr(args, n) for n in ("small", "amp", "compiled", "channels_last")}
     results = []
     for backbone, row in tqdm([(b, r) for b in args.backbones for r in args.rows], desc="cost", disable=None):
-        results.append(measure(backbone, row, args.repeats, args.base, **options))
+        results.append(measure(backbone, row, args.repeats, args.base, args.times, **options))
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=1))
     print(table(results))

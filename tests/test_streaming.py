@@ -42,7 +42,7 @@ def plain(m, features, keep, size, classifier):
     return classifier(m.fuse(sum(w * e for w, e in zip(gate.softmax(1).split(1, 1), whole))))
 
 
-@pytest.mark.parametrize("slab", [1, 20, 10**6])
+@pytest.mark.parametrize("slab", [1, 200, 10**6])
 @pytest.mark.parametrize("batch, sizes, size", CASES)
 def test_streamed_values_and_gradients_for_every_mask(batch, sizes, size, slab, monkeypatch):
     monkeypatch.setattr(streaming, "SLAB", slab)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["classify", "conv_upsampled", "gate_logits", "possible"]
 
-SLAB = 2**15  # voxels; 32 MiB at the paper's width in float32
+SLAB = 2**21  # values of a map, 8 MiB in float32: near what a cache holds, and some ten of them live at a time
 
 
 def possible(features: list[Tensor], size: list[int]) -> bool:
@@ -149,7 +149,6 @@ def classify(
     mixture: Mixture, classifier: nn.Module, features: list[Tensor], keep: Tensor, gate: Tensor, size: list[int]
 ) -> Tensor:
     """The coarse logits (B, K, *S): ``classifier`` of x_out, slab by slab along the first axis."""
-    step = max(1, SLAB * size[0] // torch.Size(size).numel())
     out = []
     for rows, kept, factor in _rows(mixture, keep):
         count = rows.stop - rows.start
@@ -161,6 +160,8 @@ def classify(
         whole = [list(features[i].shape[2:]) == size for i in kept]
         sources = [features[i][rows] if w else mixture.experts[i](features[i][rows]) for i, w in zip(kept, whole)]
         mlps = [mixture.experts[i] if w else None for i, w in zip(kept, whole)]
+        values = count * mixture.out_channels * torch.Size(size).numel()
+        step = max(1, SLAB * size[0] // values)
         slabs = []
         for start in range(0, size[0], step):
             piece = weights[:, :, start : start + step]
