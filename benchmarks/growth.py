@@ -27,7 +27,7 @@ from benchmarks.cost import peak_memory
 from monai_morse import Morse, MorseLoss
 
 AXES: dict[str, list[int]] = {
-    "voxels": [24**3, 32**3, 48**3, 64**3, 96**3],
+    "voxels": [32**3, 48**3, 64**3, 96**3],
     "num_experts": [1, 2, 3, 4, 5],
     "width": [8, 16, 32, 64, 128],
     "classes": [2, 4, 8, 16, 32],
