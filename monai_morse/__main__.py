@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: the phantom, the demo, the tables of systems and of where they run."""
+"""``python -m monai_morse``: the phantom, the demo, bundles wrapped, the tables of systems and of where they run."""
 
 from __future__ import annotations
 
@@ -44,12 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
     checks.add_argument("--checks", nargs="*", help="names of the table's columns; default: all")
     checks.add_argument("--dims", type=int, nargs="*", choices=[2, 3], help="default: 3D, or 2D where there is no 3D")
 
+    wrap = commands.add_parser("wrap", help="turn a MONAI segmentation bundle into a MORSE bundle", formatter_class=formatter)
+    wrap.add_argument("--bundle", required=True, help="folder or zip archive; its code is run to build its network")
+    wrap.add_argument("--out", required=True, help="folder to write")
+    wrap.add_argument("--decoder", nargs="*", help="submodules that make the decoder features; default: found for MONAI's")
+
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
             from monai_morse.data import write_phantom
 
             write_phantom(args.out, args.patients, args.seed, tuple(args.spacing))
+        elif args.command == "wrap":
+            from monai_morse.wrap import wrap_bundle
+
+            print(wrap_bundle(args.bundle, args.out, args.decoder))
         elif args.command == "systems":
             from monai_morse.systems import systems_table
 

@@ -5,7 +5,7 @@ Inferers wrap one another: ``AutocastInferer(FineGridInferer(CoordinatesInferer(
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, List
 
 import numpy as np
@@ -31,7 +31,12 @@ COORDINATES = ("window", "volume")
 
 
 def prepare_batch_with_points(
-    batchdata: Any, device: Any = None, non_blocking: bool = False, coordinates: str = "window", **kwargs: Any
+    batchdata: Any,
+    device: Any = None,
+    non_blocking: bool = False,
+    coordinates: str = "window",
+    prepare: Callable = default_prepare_batch,
+    **kwargs: Any,
 ) -> tuple:
     """``prepare_batch`` of ``SupervisedTrainer``: calls the network with ``return_points=True``.
 
@@ -40,6 +45,7 @@ def prepare_batch_with_points(
     Args:
         coordinates: what the renderer encodes: the place in the ``"window"`` (default) or in the whole ``"volume"``, see
             :func:`volume_placement`. In a config: ``{_target_: .., _mode_: callable, coordinates: volume}``.
+        prepare: another ``prepare_batch`` that makes image and label of the batch; default MONAI's.
 
     >>> x = {"image": torch.rand(1, 1, 4, 4), "label": torch.rand(1, 1, 4, 4)}
     >>> image, label, args, kwargs = prepare_batch_with_points(x, "cpu")
@@ -47,11 +53,12 @@ def prepare_batch_with_points(
     ((), {'return_points': True, 'grid': [4, 4], 'placement': None})
     """
     one_of("coordinates", coordinates, COORDINATES)
-    image, label = default_prepare_batch(batchdata, device, non_blocking, **kwargs)
+    image, label, *more = prepare(batchdata, device, non_blocking, **kwargs)
+    args, options = more or ((), {})
     if not isinstance(label, Tensor):
         raise InputError("training needs batches with a label: {'image': .., 'label': ..}")
     placement = volume_placement(image) if coordinates == "volume" else None
-    return image, label, (), {"return_points": True, "grid": list(label.shape[2:]), "placement": placement}
+    return image, label, args, {**options, "return_points": True, "grid": list(label.shape[2:]), "placement": placement}
 
 
 def volume_placement(image: Tensor) -> Tensor:

@@ -33,9 +33,19 @@ from torch import nn
 from monai_morse.data import scan_name, written_whole
 from monai_morse.errors import InputError, flag
 from monai_morse.losses import MorseLoss, render_weight
-from monai_morse.weights import read_checkpoint
+from monai_morse.networks import MorseOutput
+from monai_morse.weights import load_matching, read_checkpoint
 
-__all__ = ["BestModel", "CaseReport", "ClassMetrics", "EpochSeed", "RenderSchedule", "TrainingState", "WeightsLoader"]
+__all__ = [
+    "BestModel",
+    "CaseReport",
+    "ClassMetrics",
+    "CoarsePrediction",
+    "EpochSeed",
+    "RenderSchedule",
+    "TrainingState",
+    "WeightsLoader",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +81,26 @@ class RenderSchedule:
     def __call__(self, engine: Engine) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
         self.loss.weight = render_weight(engine.state.iteration, total, self.schedule, self.lambda_rend)
+
+
+class CoarsePrediction:
+    """Leaves the coarse logits as the trainer's ``pred`` once the loss has had the points, so that what follows an iteration
+    (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
+
+    >>> from monai_morse.networks import MorseOutput
+    >>> engine = Engine(lambda engine, batch: None)
+    >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
+    >>> CoarsePrediction()(engine)
+    >>> engine.state.output["pred"].shape
+    torch.Size([1, 2, 4, 4])
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        pred = engine.state.output["pred"]
+        engine.state.output["pred"] = pred.coarse if isinstance(pred, MorseOutput) else pred
 
 
 class EpochSeed:
@@ -144,24 +174,29 @@ def _load_network(network: nn.Module, state: Any, path: str | Path) -> None:
 
 
 class WeightsLoader:
-    """Loads a network's weights when the engine starts, with ``weights_only=True``, all of them or none.
+    """Loads a network's weights when the engine starts, with ``weights_only=True``; without ``matching``, all or none.
 
     Args:
         load_path: a state dict, or a checkpoint that holds one as ``"model"``.
-        network: where to load it.
+        network: where to load it; may be one in ``DistributedDataParallel``.
+        matching: load what matches (:func:`monai_morse.load_matching`), e.g. into another cell; default False.
 
     Raises:
-        InputError: when the file is missing, unreadable or of another architecture.
+        InputError: when the file is missing, unreadable or of another architecture; with ``matching``, when nothing matches.
     """
 
-    def __init__(self, load_path: str, network: nn.Module) -> None:
+    def __init__(self, load_path: str, network: nn.Module, matching: bool = False) -> None:
         self.load_path = load_path
-        self.network = network
+        self.network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+        self.matching = matching
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
+        if self.matching:
+            load_matching(self.network, self.load_path)
+            return
         state = read_checkpoint(self.load_path, engine.state.device)
         if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
             state = state["model"]

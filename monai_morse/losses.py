@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +46,13 @@ def _float(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _channels(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels (B, 1, ..) or (B, K, ..) as a channel a class, (B, K, ..)."""
+    return labels if labels.shape[1] == num_classes else one_hot(labels, num_classes)
+
+
 class MorseLoss(nn.Module):
-    """``0.5 * cross-entropy + 0.5 * Dice`` on the coarse logits, plus ``weight`` times the cross-entropy at the points.
+    """A loss on the coarse logits, plus ``weight`` times the cross-entropy at the points.
 
     Takes what ``Morse(x, return_points=True)`` returns; plain logits are supervised alone, so the same configuration trains
     the bare backbone. At weight 0 the rendering term is left out, not multiplied by 0: gradients of exactly 0 would still
@@ -55,6 +61,9 @@ class MorseLoss(nn.Module):
 
     Args:
         weight: lambda_t, default 0; :class:`monai_morse.handlers.RenderSchedule` sets it before each iteration.
+        loss: the loss on the coarse logits, default ``0.5 * cross-entropy + 0.5 * Dice``. It is called with what it would get
+            from the bare backbone, on the labels' grid.
+        multilabel: classes do not exclude one another: a sigmoid each, and labels (B, K, *S); default False.
 
     >>> import torch
     >>> coarse, target = torch.rand(2, 3, 8, 8), torch.randint(0, 3, (2, 1, 8, 8))
@@ -63,12 +72,16 @@ class MorseLoss(nn.Module):
     True
     """
 
-    def __init__(self, weight: float = 0.0) -> None:
+    def __init__(
+        self, weight: float = 0.0, loss: Callable[[Any, Tensor], Tensor] | None = None, multilabel: bool = False
+    ) -> None:
         super().__init__()
         self.weight = weight
+        self.loss = loss
+        self.multilabel = multilabel
 
     def forward(self, output: Tensor | MorseOutput | Sequence[Tensor], target: Tensor) -> Tensor:
-        """Logits (B, K, *S), alone or in a :class:`MorseOutput`, and labels (B, 1, *S) -> scalar; K = 1 is a sigmoid.
+        """Logits (B, K, *S), alone or in a :class:`MorseOutput`, and labels (B, 1, *S) or one-hot -> scalar; K = 1: sigmoid.
 
         The labels may lie on another, finer grid over the same window: the points are then labelled by it, and the coarse
         logits learn the share of each class in their voxels.
@@ -82,23 +95,29 @@ class MorseLoss(nn.Module):
         if output.point_index.shape[1] == 0 or self.weight == 0:
             return loss
         logits = _float(output.point_logits)
-        labels = gather_points(target, output.point_index)[:, 0]
-        if logits.shape[1] == 1:
-            return loss + self.weight * F.binary_cross_entropy_with_logits(logits[:, 0], labels.float())
-        return loss + self.weight * F.cross_entropy(logits, labels.long())
+        labels = gather_points(target, output.point_index)
+        if self.multilabel or logits.shape[1] == 1:
+            return loss + self.weight * F.binary_cross_entropy_with_logits(logits, _channels(labels, logits.shape[1]).float())
+        if labels.shape[1] > 1:  # one-hot
+            labels = labels.argmax(1, keepdim=True)
+        return loss + self.weight * F.cross_entropy(logits, labels[:, 0].long())
 
     def _supervised(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
         """L_sup of the coarse logits."""
+        if self.loss is not None:
+            if isinstance(logits, Tensor) and logits.ndim == target.ndim and logits.shape[2:] != target.shape[2:]:
+                logits = resize(logits, list(target.shape[2:]))
+            return self.loss(logits, target.float() if target.dtype == torch.bool else target)  # MONAI's take no bool
         if isinstance(logits, Tensor) and logits.ndim == target.ndim + 1:
             logits = logits.unbind(1)
         if not isinstance(logits, Tensor):
             return DeepSupervisionLoss(self._supervised)(list(logits), target.float())  # type: ignore[arg-type]
-        binary = logits.shape[1] == 1
+        sigmoid = self.multilabel or logits.shape[1] == 1
         same_grid = logits.shape[2:] == target.shape[2:]
-        if binary:
-            target = target.float()
+        if sigmoid or not same_grid:
+            target = _channels(target, logits.shape[1]).float()
         if not same_grid:
-            target = resize(target if binary else one_hot(target, logits.shape[1]), list(logits.shape[2:]))
-        to_onehot_y = same_grid and not binary
-        loss = DiceCELoss(softmax=not binary, sigmoid=binary, to_onehot_y=to_onehot_y, lambda_dice=0.5, lambda_ce=0.5)
+            target = resize(target, list(logits.shape[2:]))
+        to_onehot_y = target.shape[1] < logits.shape[1]
+        loss = DiceCELoss(softmax=not sigmoid, sigmoid=sigmoid, to_onehot_y=to_onehot_y, lambda_dice=0.5, lambda_ce=0.5)
         return loss(_float(logits), target)

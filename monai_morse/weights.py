@@ -34,6 +34,10 @@ class LoadedWeights:
     reshaped: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
+    def in_backbone(self, named: tuple[str, Tensor]) -> bool:
+        """Whether a (name, parameter) is of the backbone and was loaded; a filter for MONAI's ``generate_param_groups``."""
+        return named[0].startswith(BACKBONE) and named[0] in self.matched
+
     def __str__(self) -> str:
         counts = [("new", self.new), ("of another shape", self.reshaped), ("of the checkpoint not used", self.unused)]
         parts = [f"{len(names)} {what} ({_modules(names)})" for what, names in counts if names]
@@ -62,6 +66,8 @@ def read_checkpoint(path: str | Path, device: torch.device | None = None) -> Any
 
 def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any]) -> LoadedWeights:
     """Fill what fits by name and shape: a bare backbone's weights into any cell around it, one cell's into another.
+
+    Of a frozen backbone (``Morse(freeze_backbone=True)``), what the checkpoint lacks is thawed: it has to be trained.
 
     Args:
         network: e.g. a :class:`Morse`.
@@ -105,9 +111,13 @@ def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any]) ->
             f"network has e.g. {', '.join(list(wanted)[:3])}"
         )
     copy_model_state(network, {k: best[k] for k in matched})
+    new = [k for k in wanted if k not in matched]
+    for key, parameter in network.named_parameters():
+        if key in new and key.startswith(BACKBONE):
+            parameter.requires_grad_(True)
     loaded = LoadedWeights(
         matched=matched,
-        new=[k for k in wanted if k not in matched],
+        new=new,
         reshaped=[k for k in best if k in wanted and k not in matched],
         unused=[k for k in best if k not in wanted],
     )

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import ROWS, TINY, window
+from monai.networks.nets import BasicUNet
 
 from monai_morse import InputError, Morse
 from monai_morse.networks import DecoderFeatures, check_window
@@ -161,3 +162,15 @@ def test_logits_that_are_no_tensor_are_an_error():
 def test_unetr_windows_are_of_its_one_size():
     with pytest.raises(InputError, match=r"does not take windows of \[64, 64, 64\].*'\[32, 48, 16\]'"):
         check_window(TINY["UNETR"](3, 3), [64, 64, 64])
+
+
+class OwnTensor(BasicUNet):
+    """Its forward makes a tensor, which a trace would hold as a constant."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.ones(1)
+
+
+def test_a_forward_that_makes_tensors_is_an_error():
+    with pytest.raises(InputError, match="the forward of OwnTensor makes tensors of its own"):
+        DecoderFeatures(OwnTensor(2, 1, 3, features=(4, 4, 8, 16, 32, 4)))

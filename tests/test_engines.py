@@ -184,3 +184,13 @@ def test_rendering_on_a_finer_grid_beats_upsampling_the_coarse_logits():
     truth = labels[:, 0].bool()
     errors = {k: (v.argmax(1).bool() != truth).float().mean().item() for k, v in found.items()}
     assert errors["rendered"] < 0.9 * errors["linear"] < 0.9 * errors["nearest"], errors
+
+
+def test_another_prepare_batch_keeps_what_it_hands_to_the_network():
+    def theirs(batch, device, non_blocking, **kwargs):
+        return batch["scan"], batch["truth"], ("guidance",), {"strength": 2}
+
+    batch = {"scan": torch.rand(1, 1, 4, 4), "truth": torch.rand(1, 1, 8, 8)}
+    image, label, args, kwargs = prepare_batch_with_points(batch, "cpu", prepare=theirs)
+    assert image is batch["scan"] and label is batch["truth"] and args == ("guidance",)
+    assert kwargs == {"strength": 2, "return_points": True, "grid": [8, 8], "placement": None}

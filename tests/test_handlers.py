@@ -286,3 +286,12 @@ def test_figures_of_the_cases_done_survive_a_crash(tmp_path):
         engine.run([0, 1])
     with open(tmp_path / "metrics.csv") as file:
         assert len(list(csv.DictReader(file))) == 2
+
+
+def test_weights_that_match_a_part_are_loaded_when_asked_for(tmp_path):
+    source, net = torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(2, 3))
+    torch.save({"0.weight": source.weight.data, "other": torch.zeros(1)}, tmp_path / "part.pt")
+    engine = Engine(lambda engine, batch: None)
+    WeightsLoader(str(tmp_path / "part.pt"), net, matching=True).attach(engine)
+    engine.run([0])
+    assert torch.equal(net[0].weight, source.weight) and not torch.equal(net[0].bias, source.bias)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from monai.losses import DiceCELoss, DiceLoss
 
 from monai_morse import InputError, MorseLoss
 from monai_morse.losses import render_weight
@@ -99,3 +100,38 @@ def test_schedule(schedule, t, expected):
 def test_unknown_schedule_is_an_error():
     with pytest.raises(InputError, match="'ramp', 'half', 'scratch'.*'linear'"):
         render_weight(0, 1, "linear")
+
+
+def test_another_loss_gets_what_the_bare_backbone_gives_and_the_points_are_added():
+    coarse, target = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 1, 8, 8))
+    index = torch.randint(0, 64, (2, 5))
+    output = MorseOutput(coarse, torch.randn(2, 3, 5), index)
+    theirs = DiceLoss(softmax=True, to_onehot_y=True)
+    labels = target.flatten(2)[:, 0].gather(1, index)
+    expected = theirs(coarse, target) + 0.3 * torch.nn.functional.cross_entropy(output.point_logits, labels)
+    assert torch.allclose(MorseLoss(0.3, theirs)(output, target), expected)
+    one_hot = torch.nn.functional.one_hot(target[:, 0], 3).movedim(-1, 1)
+    onehot_theirs = DiceLoss(softmax=True)
+    expected += onehot_theirs(coarse, one_hot) - theirs(coarse, target)
+    assert torch.allclose(MorseLoss(0.3, onehot_theirs)(output, one_hot), expected)
+    finer = torch.randint(0, 3, (2, 1, 16, 16))
+    assert torch.isfinite(MorseLoss(0, theirs)(output, finer))  # on the labels' grid
+    stacked = MorseLoss(0, lambda logits, target: logits.sum())(torch.ones(2, 4, 3, 8, 8), target)
+    assert stacked == 2 * 4 * 3 * 64  # a bare backbone's deep supervision, as it comes
+
+
+def test_classes_that_do_not_exclude_one_another_have_a_sigmoid_each():
+    coarse, target = torch.randn(2, 3, 8, 8), torch.rand(2, 3, 8, 8) > 0.5
+    index = torch.randint(0, 64, (2, 5))
+    output = MorseOutput(coarse, torch.randn(2, 3, 5), index)
+    labels = torch.stack([target[b].flatten(1)[:, index[b]] for b in range(2)]).float()
+    points = torch.nn.functional.binary_cross_entropy_with_logits(output.point_logits, labels)
+    whole = DiceCELoss(sigmoid=True, lambda_dice=0.5, lambda_ce=0.5)(coarse, target.float())
+    assert torch.allclose(MorseLoss(0.3, multilabel=True)(output, target), whole + 0.3 * points)
+    theirs = DiceLoss(sigmoid=True, squared_pred=True)  # which takes no bool
+    expected = theirs(coarse, target.float()) + 0.3 * points
+    assert torch.allclose(MorseLoss(0.3, theirs, multilabel=True)(output, target), expected)
+    numbered = torch.randint(0, 3, (2, 1, 8, 8))
+    channels = torch.nn.functional.one_hot(numbered[:, 0], 3).movedim(-1, 1)
+    loss = MorseLoss(0.3, multilabel=True)
+    assert torch.allclose(loss(output, numbered), loss(output, channels))

@@ -121,3 +121,11 @@ def test_oversampling_prefers_uncertain_voxels():
 def test_bad_options_are_errors(options):
     with pytest.raises(InputError, match="points"):
         P.PointSelection(**options)
+
+
+def test_without_exclusion_a_voxel_is_as_uncertain_as_its_least_certain_class():
+    logits = torch.randn(2, 3, 4, 5)
+    found = P.uncertainty(logits, multilabel=True)
+    for b in range(2):
+        for v in range(20):
+            assert found[b, v] == -min(abs(float(logits[b, k].flatten()[v])) for k in range(3))

@@ -144,7 +144,7 @@ def _fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
         log.disabled = was_disabled
 
 
-def _fixed_sizes(network: nn.Module) -> List[List[int]]:
+def fixed_sizes(network: nn.Module) -> List[List[int]]:
     """The one window size of a network with a position embedding for each place (UNETR)."""
     return [[f * p for f, p in zip(m.feat_size, m.patch_size)] for m in network.modules() if isinstance(m, UNETR)]
 
@@ -167,7 +167,7 @@ def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) 
     error: Exception | None = None
     twin = _copy(network)
     sizes = [[-(-s // multiple) * multiple for s in size] for multiple in (1, 2, 4, 8, 16, 32, 64)]
-    for fitting in sizes + _fixed_sizes(network):
+    for fitting in sizes + fixed_sizes(network):
         try:
             logits = _fake_run(twin, [1, in_channels, *fitting])
         except Exception as e:
@@ -302,6 +302,11 @@ def _traced_forward(root: _Root, names: Sequence[str]) -> Any:
             "give decoder=a function (backbone, x) -> (logits, [features])"
         ) from error
 
+    if any(str(n.target).startswith("_tensor_constant") for n in graph.nodes):
+        raise InputError(
+            f"the forward of {kind} makes tensors of its own, which tracing would freeze; move that into a submodule, or give "
+            "decoder=a function (backbone, x) -> (logits, [features])"
+        )
     unused = [name for name, tap in zip(names, taps) if tap not in tracer.returned]
     if unused:
         raise InputError(f"submodules {unused} are not called by the forward of {kind}")
@@ -324,7 +329,7 @@ def _dry_run(root: _Root) -> Tuple[List[Tuple[int, Tuple[float, ...]]], int]:
     if conv is None:
         raise InputError(f"{kind} has no 2D or 3D convolution: cannot tell its input's shape")
     error: Exception | None = None
-    for size in [[length] * (conv.weight.ndim - 2) for length in (32, 64, 96, 128, 224)] + _fixed_sizes(root):
+    for size in [[length] * (conv.weight.ndim - 2) for length in (32, 64, 96, 128, 224)] + fixed_sizes(root):
         try:
             logits, maps = _fake_run(root, [1, conv.in_channels, *size])
         except Exception as e:  # the backbone wants a larger window

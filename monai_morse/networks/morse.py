@@ -7,7 +7,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from monai_morse.errors import InputError, one_of
+from monai_morse.errors import InputError, flag, one_of
 
 from . import points as P
 from . import streaming
@@ -86,9 +86,13 @@ class Morse(nn.Module):
             Without experts they are always the backbone's, without a renderer the experts'.
         mixture: options of :class:`Mixture`: width, gate_stride, min_active.
         head: options of the renderer's head, e.g. of :class:`AnatomicalHead`: width, num_frequencies, residual.
-        points: options of :class:`PointSelection`: num_train, num_eval, oversample, importance_ratio.
+        points: options of :class:`PointSelection`: num_train, num_eval, oversample, importance_ratio, multilabel.
         decoder: names of the submodules that make the decoder features, coarse to fine; default: found for MONAI's backbones.
             For a backbone that cannot be traced, a function ``(backbone, x) -> (logits, [features])``, which decides N.
+        freeze_backbone: train the mixture and the renderer alone: the backbone's weights have no gradient and it stays in eval
+            mode, so that its normalisation statistics rest too; default False. With ``coarse="backbone"`` the rendering loss
+            is then the only one that trains anything: give it a weight from the start (``schedule: scratch``).
+            :func:`monai_morse.load_matching` thaws what a checkpoint does not fill.
 
     Raises:
         InputError: for an unknown word or option, more experts than decoder features, or a backbone that cannot be traced.
@@ -117,6 +121,7 @@ class Morse(nn.Module):
         head: Mapping[str, Any] | None = None,
         points: Mapping[str, Any] | None = None,
         decoder: Sequence[str] | DecoderFunction | None = None,
+        freeze_backbone: bool | str = False,
     ) -> None:
         super().__init__()
         one_of("experts", experts, EXPERTS)
@@ -132,6 +137,7 @@ class Morse(nn.Module):
         # as plain numbers, which torch.jit.script can read
         self.num_train, self.num_eval = self.points.num_train, self.points.num_eval
         self.oversample, self.importance_ratio = float(self.points.oversample), float(self.points.importance_ratio)
+        self.multilabel = self.points.multilabel
 
         names: Sequence[str] | DecoderFunction = ()
         if experts != "none" or renderer != "none":
@@ -162,6 +168,17 @@ class Morse(nn.Module):
             sizes = sum(channels), num_classes, spatial_dims, context
             self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
         self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
+        self.freeze_backbone = flag(freeze_backbone, "freeze_backbone")
+        if self.freeze_backbone:
+            backbone.requires_grad_(False)
+            self.train()
+
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> "Morse":
+        super().train(mode)
+        if self.freeze_backbone:
+            self.decoder.eval()
+        return self
 
     def forward(
         self,
@@ -194,7 +211,7 @@ class Morse(nn.Module):
         if self.renderer is None:
             return coarse
         if return_points:
-            score = P.uncertainty(coarse.detach())
+            score = P.uncertainty(coarse.detach(), self.multilabel)
             index = P.select_training_points(score, self.num_train, self.oversample, self.importance_ratio)
         else:
             index = self._uncertain_index(coarse, x)
@@ -223,7 +240,7 @@ class Morse(nn.Module):
         """By how much the second largest of a voxel's logits falls short of the largest: (B, C, *S) -> (B, 1, *S), <= 0."""
         logits = self.forward(x)
         assert isinstance(logits, Tensor)
-        return P.uncertainty(logits).reshape(logits[:, :1].shape)
+        return P.uncertainty(logits, self.multilabel).reshape(logits[:, :1].shape)
 
     @torch.jit.unused
     def rendered_voxels(self, x: Tensor) -> Tensor:
@@ -256,7 +273,7 @@ class Morse(nn.Module):
         return self.classifier(self.mixture.everywhere(features, keep, gate_logits, size))
 
     def _uncertain_index(self, coarse: Tensor, x: Tensor) -> Tensor:
-        score = P.uncertainty(coarse)
+        score = P.uncertainty(coarse, self.multilabel)
         return P.select_uncertain_points(score, -(-self.num_eval * score.shape[1] // x[0, 0].numel()))
 
     def _render(self, maps: _Maps, coordinates: Tensor, logits: Tensor, placement: Optional[Tensor]) -> Tensor:

@@ -40,18 +40,20 @@ class PointSelection:
         num_eval: points per window at inference (the paper's N_p, 8192).
         oversample: candidates drawn per training point (k_p >= 1, default 3).
         importance_ratio: share of training points that are the candidates' most uncertain (rho in [0, 1], default 0.75).
+        multilabel: classes do not exclude one another (a sigmoid each, such as nested tumour regions); default False.
 
     Raises:
         InputError: when a value is out of its range.
 
     >>> PointSelection(num_train=512)
-    PointSelection(num_train=512, num_eval=8192, oversample=3.0, importance_ratio=0.75)
+    PointSelection(num_train=512, num_eval=8192, oversample=3.0, importance_ratio=0.75, multilabel=False)
     """
 
     num_train: int = 2048
     num_eval: int = 8192
     oversample: float = 3.0
     importance_ratio: float = 0.75
+    multilabel: bool = False
 
     def __post_init__(self) -> None:
         if self.num_train < 1 or self.num_eval < 1:
@@ -62,13 +64,14 @@ class PointSelection:
             raise InputError(f"points: importance_ratio (rho) must be in [0, 1], got {self.importance_ratio}")
 
 
-def uncertainty(logits: Tensor) -> Tensor:
+def uncertainty(logits: Tensor, multilabel: bool = False) -> Tensor:
     """Second largest minus largest logit of each voxel: at most 0, and 0 where two classes tie.
 
     A single channel is one class against a background whose logit is 0 (sigmoid), so its uncertainty is ``-|logit|``.
 
     Args:
         logits: (B, K, *S).
+        multilabel: every channel is such a class of its own; a voxel is as uncertain as the least certain of them.
 
     Returns:
         (B, V).
@@ -77,8 +80,8 @@ def uncertainty(logits: Tensor) -> Tensor:
     tensor([[-0.5000, -0.5000]])
     """
     flat = logits.flatten(2)
-    if flat.shape[1] == 1:
-        return -flat[:, 0].abs()
+    if multilabel or flat.shape[1] == 1:
+        return -flat.abs().amin(1)
     # running maxima: on a CPU some 40 times faster than topk over the strided class axis
     largest, second = torch.maximum(flat[:, 0], flat[:, 1]), torch.minimum(flat[:, 0], flat[:, 1])
     for k in range(2, flat.shape[1]):
