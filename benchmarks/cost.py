@@ -102,6 +102,15 @@ def peak_memory(device: torch.device) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+def reset_peak(device: torch.device) -> None:
+    """Forget what was held before; where the system cannot, it stays in the peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 class Bench:
     """One network in a process of its own, measured piece by piece when told to."""
 

@@ -25,7 +25,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.cost import peak_memory
+from benchmarks.cost import peak_memory, reset_peak
 from monai_morse import Morse
 from monai_morse.networks import DecoderFeatures
 
@@ -73,7 +73,7 @@ def run(values: dict[str, int], preset: str, repeats: int) -> dict[str, float]:
     ).to(device)
     x = torch.rand(1, 1, side, side, side, device=device)
     net.decoder = Fixed(net.decoder, x)
-    result, before = {}, peak_memory(device)
+    result = {}
 
     def step() -> None:
         output = net(x, return_points=True)
@@ -84,6 +84,8 @@ def run(values: dict[str, int], preset: str, repeats: int) -> dict[str, float]:
         net.train(figure == "training step")
         times = []
         with torch.set_grad_enabled(figure == "training step"):
+            reset_peak(device)
+            before = peak_memory(device)
             for _ in range(repeats + 1):
                 start = time.perf_counter()
                 job()
