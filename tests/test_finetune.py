@@ -81,7 +81,7 @@ def test_the_backbone_learns_slower_and_a_fine_tuning_resumes(data, tmp_path):
     names = {id(p): n for n, p in parser.get_parsed_content("network").named_parameters()}
     assert {names[id(p)] for p in slow["params"]} <= set(parser.get_parsed_content("loaded").matched)
     assert all(names[id(p)].startswith("decoder.") for p in slow["params"])
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 2
+    assert torch.load(tmp_path / "model_last.pt", weights_only=True)["epoch"] == 2
 
 
 def test_what_does_not_match_at_all_is_an_error(data, tmp_path):
