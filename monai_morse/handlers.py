@@ -106,10 +106,10 @@ class CoarsePrediction:
 class EpochSeed:
     """Seeds every source of randomness from the pair (seed, epoch) when an epoch starts.
 
-    In a distributed run, from (seed, epoch, rank): processes that augment, and drop experts, alike would waste the average of
-    their gradients. An epoch then depends on the weights and optimizer it starts from and on nothing else, so that a killed
-    training, resumed from the last epoch's checkpoint, ends with the weights of one that was not killed (on the same machine,
-    CPU).
+    In a distributed run, all processes but the first from (seed, epoch, rank): processes that augment, and drop experts, alike
+    would waste the average of their gradients. An epoch then depends on the weights and optimizer it starts from and on
+    nothing else, so that a killed training, resumed from the last epoch's checkpoint, ends with the weights of one that was not
+    killed (on the same machine, CPU).
 
     Args:
         seed: default 0.
@@ -131,7 +131,7 @@ class EpochSeed:
     def __call__(self, engine: Engine) -> None:
         # a hash, not a sum: epochs of seeds 0, 1, 2, .. would share their numbers
         numbers = [self.seed, engine.state.epoch, idist.get_rank()]
-        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+        seed = int(np.random.SeedSequence(numbers if numbers[2] else numbers[:2]).generate_state(1)[0])
         # the algorithms stay as the user chose them: only the seeds are set
         flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
         set_determinism(seed)
@@ -247,9 +247,8 @@ class TrainingState:
 
     def start(self, engine: Engine) -> None:
         if not self.resume:
-            if (
-                idist.get_rank() == 0 and self.path.is_file()
-            ):  # moved: killed before its first epoch ends, this training has nothing to resume
+            # moved: killed before its first epoch ends, this training has nothing to resume
+            if idist.get_rank() == 0 and self.path.is_file():
                 previous = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
                 os.replace(self.path, previous)
                 logger.info("an earlier training's %s is now %s", self.path.name, previous)
