@@ -27,9 +27,10 @@ BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "hippocampus_mri_mors
 STARTS: dict[str, tuple[str, dict[str, str]]] = {
     "from scratch": ("", {}),
     "fine-tuned": (",'configs/finetune.yaml'", {}),
-    "fine-tuned, backbone at 1/10 of the rate": (",'configs/finetune.yaml'", {"backbone_rate": "0.1"}),
-    "fine-tuned, backbone frozen": (",'configs/finetune.yaml'", {"freeze_backbone": "true"}),
-    "the same at 10 times the rate": (",'configs/finetune.yaml'", {"freeze_backbone": "true", "learning_rate": "0.02"}),
+    "backbone at 0.0002, the rest at 0.002": (",'configs/finetune.yaml'", {"backbone_rate": "0.1"}),
+    "backbone frozen, the rest at 0.002": (",'configs/finetune.yaml'", {"freeze_backbone": "true"}),
+    "backbone frozen, the rest at 0.02": (",'configs/finetune.yaml'", {"freeze_backbone": "true", "learning_rate": "0.02"}),
+    "backbone at 0.002, the rest at 0.02": (",'configs/finetune.yaml'", {"backbone_rate": "0.1", "learning_rate": "0.02"}),
 }
 
 

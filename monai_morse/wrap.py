@@ -106,7 +106,6 @@ def _wrap(folder: Path, decoder: list[str] | None) -> WrapReport:
     with _code_of(folder), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same bundle gives the same weights
         networks = _build_networks(configs)
-        configs.write()
         _convert_weights(folder, networks, report)
         for name, twins in networks.items():
             _check_equal(name, twins, report)
@@ -307,53 +306,51 @@ def _wrap_training(configs: _Configs, report: WrapReport) -> None:
     if not trainers:
         report.left.append("training: no config has a SupervisedTrainer")
     start = (configs.folder / "models" / "model.pt").is_file()
-    prepared, lists, losses = set(), set(), set()
-    for name, i, trainer in trainers:
+    multilabel = {"multilabel": True} if configs.multilabel else {}
+    prepare = {"_target_": "monai_morse.engines.prepare_batch_with_points", "_mode_": "callable"}
+    losses = set()
+    for i in dict.fromkeys(i for _, i, _ in trainers):
+        same = {name: trainer for name, j, trainer in trainers if j == i}  # one a file
+        for name, trainer in same.items():
+            trainer["train_handlers"] = trainer.get("train_handlers") or []
+            if "iteration_update" in trainer:
+                report.left.append(f"configs/{name}: {i} has an iteration_update; see that it hands the points on")
         loss = str(trainer.get("loss_function"))
         loss_id = _normal(loss[1:]) if re.fullmatch(r"@[\w#:]+", loss) else f"{i}::loss_function"
         if loss_id not in losses:
-            losses.add(loss_id)
             target = {"_target_": "monai_morse.losses.MorseLoss"}
-            multilabel = {"multilabel": True} if configs.multilabel else {}
             configs.nest(loss_id, "loss", lambda theirs: {**target, "loss": theirs, **multilabel})  # noqa: B023
-        handlers: list[dict] = [
-            {"_target_": "monai_morse.handlers.RenderSchedule", "loss": f"@{_short(loss_id)}", "schedule": "scratch"},
+            losses.add(loss_id)
+        configs.nest(f"{i}::prepare_batch", "prepare", lambda theirs: {**prepare, "prepare": theirs})
+        for trainer in same.values():
+            trainer.setdefault("prepare_batch", dict(prepare))
+        network = trainer.get("network", "@network")
+        path = "$@bundle_root + '/models/model.pt'" if configs.find("bundle_root") else "models/model.pt"
+        loader = {"_target_": "monai_morse.handlers.WeightsLoader", "load_path": path, "network": network, "matching": True}
+        loss = f"@{loss_id.replace('::', '#')}"
+        handlers = [
+            *([loader] if start else []),
+            {"_target_": "monai_morse.handlers.RenderSchedule", "loss": loss, "schedule": "scratch"},
             {"_target_": "monai_morse.handlers.CoarsePrediction"},
         ]
-        if start:
-            path = "$@bundle_root + '/models/model.pt'" if configs.find("bundle_root") else "models/model.pt"
-            loader = {"_target_": "monai_morse.handlers.WeightsLoader", "load_path": path, "network": trainer["network"]}
-            handlers.insert(0, {**loader, "matching": True})
-        handlers_id = _list_of(configs, name, i, trainer)
-        if handlers_id not in lists:
-            lists.add(handlers_id)
-            configs.insert(handlers_id, handlers)
-        if i not in prepared:
-            prepared.add(i)
-            prepare = {"_target_": "monai_morse.engines.prepare_batch_with_points", "_mode_": "callable"}
-            configs.nest(f"{i}::prepare_batch", "prepare", lambda theirs: {**prepare, "prepare": theirs})  # noqa: B023
-        trainer.setdefault("prepare_batch", prepare)
-        if "iteration_update" in trainer:
-            report.left.append(f"configs/{name}: {i} has an iteration_update of its own; see that it hands on the points")
+        _insert_handlers(configs, f"{i}::train_handlers", list(same), handlers)
 
 
-def _list_of(configs: _Configs, name: str, trainer_id: str, trainer: dict) -> str:
-    """The id of a list whose items are handlers of a trainer; one is made where there is none."""
-    handlers = trainer.setdefault("train_handlers", []) or []
-    if isinstance(handlers, str):
-        listed = _normal(handlers[1:])
+def _insert_handlers(configs: _Configs, entry_id: str, names: list[str], items: list[dict]) -> None:
+    """Put handlers before a trainer's own, which are a list, the name of one, or an expression."""
+    given = next(c[k] for name, c, k in configs.find(entry_id) if name == names[0])
+    if isinstance(given, str):
+        listed = _normal(given[1:])
         if any(isinstance(c[k], list) for _, c, k in configs.find(listed)):
-            return listed
-        for _, container, key in configs.find(f"{trainer_id}::train_handlers"):
-            container[key] = f"$@morse_handlers + list({str(container[key]).removeprefix('$')})"
-        configs.files[name]["morse_handlers"] = []
-        return "morse_handlers"
-    trainer["train_handlers"] = handlers
-    return f"{trainer_id}::train_handlers"
-
-
-def _short(entry_id: str) -> str:
-    return entry_id.replace("::", "#")
+            entry_id = listed
+        else:
+            for _, container, key in configs.find(entry_id):
+                container[key] = f"$@morse_handlers + list({str(container[key]).removeprefix('$')})"
+            for name in names:
+                configs.files[name]["morse_handlers"] = []
+            entry_id = "morse_handlers"
+    if not any(items[-1] in c[k] for _, c, k in configs.find(entry_id) if isinstance(c[k], list)):
+        configs.insert(entry_id, items)
 
 
 # --- the networks and their weights
@@ -365,7 +362,7 @@ class _Twins:
 
     original: nn.Module
     morse: Morse
-    loaded: bool = False
+    checkpoint: Any = None
 
 
 @contextmanager
@@ -444,10 +441,10 @@ def _convert_weights(folder: Path, networks: dict[str, _Twins], report: WrapRepo
         required = str(name) == "models/model.pt"
         try:
             checkpoint = read_checkpoint(path, torch.device("cpu"))
-            loaded = {config: load_matching(twins.original, checkpoint) for config, twins in networks.items()}
-            fitting = [networks[config] for config, found in loaded.items() if not found.new and not found.unused]
+            misfits = {config: _misfit(twins.original, checkpoint) for config, twins in networks.items()}
+            fitting = [networks[config] for config, misfit in misfits.items() if not misfit]
             if not fitting:
-                reasons = "; ".join(f"in configs/{config}, {found}" for config, found in loaded.items())
+                reasons = "; ".join(f"in configs/{config}, {misfit}" for config, misfit in misfits.items())
                 raise InputError(f"{name} is no checkpoint of `{NETWORK}`: {reasons}")
         except InputError as error:
             if required:
@@ -456,7 +453,7 @@ def _convert_weights(folder: Path, networks: dict[str, _Twins], report: WrapRepo
             continue
         for twins in fitting:
             filled = load_matching(twins.morse, checkpoint)
-            twins.loaded = True
+            twins.checkpoint = checkpoint
         state: Any = fitting[0].morse.state_dict()
         for key in ("state_dict", "model"):  # as it was kept
             state = {key: state} if isinstance(checkpoint.get(key), Mapping) else state
@@ -469,10 +466,21 @@ def _convert_weights(folder: Path, networks: dict[str, _Twins], report: WrapRepo
         report.left.append("weights: there is no models/model.pt; train before you infer")
 
 
+def _misfit(network: nn.Module, checkpoint: Any) -> str:
+    """Load a checkpoint; says what does not fit, nothing where all of it does and it fills all of the network."""
+    try:
+        loaded = load_matching(network, checkpoint)
+    except InputError as error:
+        return str(error)
+    return str(loaded) if loaded.new or loaded.unused else ""
+
+
 def _check_equal(name: str, twins: _Twins, report: WrapReport) -> None:
     """See that both networks predict the same for a random window, bit for bit."""
-    if not twins.loaded:
+    if twins.checkpoint is None:
         twins.original.load_state_dict(twins.morse.decoder.backbone.state_dict())
+    else:  # again: others have been tried since
+        load_matching(twins.original, twins.checkpoint)
     x, logits = _some_window(twins.original)
     with torch.no_grad():
         wrapped = twins.morse(x)

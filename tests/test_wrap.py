@@ -113,6 +113,9 @@ def test_each_bundles_own_matters(wrapped):
     configs = {p.name: ConfigParser.load_config_file(p) for p in (morse / "configs").iterdir()}
     text = str(report)
     if name == "spleen":
+        small = torch.load(morse / "models/small.pt", weights_only=True)["state_dict"]
+        parser = ConfigParser(configs["inference_small.json"])
+        parser.get_parsed_content("network_def").load_state_dict(small)
         assert "inference_trt.json: left out" in text and "models/model.ts: left out" in text
         multi_gpu = configs["multi_gpu_train.json"]
         assert multi_gpu["network"]["find_unused_parameters"] is True
@@ -180,7 +183,7 @@ def change(file, **values):
 
 
 def no_networks(bundle):
-    for file in ("train.json", "inference.json", "inference_trt.json"):
+    for file in ("train.json", "inference.json", "inference_small.json", "inference_trt.json"):
         change(file, network_def=None)(bundle)
 
 
@@ -251,6 +254,7 @@ def test_other_networks_and_trainers_are_wrapped_as_far_as_they_go(tmp_path):
     bundle = write_bundle("spleen", tmp_path / "original")
     (bundle / "configs/metadata.json").unlink()
     (bundle / "models/model.pt").unlink()
+    (bundle / "configs/inference_small.json").unlink()
     train = json.loads((bundle / "configs/train.json").read_text())
     train["train"]["trainer"]["train_handlers"] = "$@train#handlers[:2]"
     train["other"] = {"_target_": "scripts.OtherTrainer", "network": "@network"}

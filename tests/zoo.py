@@ -226,6 +226,7 @@ def spleen():
         "train.json": train_config(unet, 3, [16, 16, 16]),
         "inference.json": inference_config(unet, [16, 16, 16]),
         "inference_trt.json": TENSORRT,
+        "inference_small.json": inference_config({**unet, "channels": [4, 8], "strides": [2]}, [16, 16, 16]),
         "evaluate.json": evaluate_config(),
         "multi_gpu_train.json": MULTI_GPU,
         "metadata.json": metadata(1, 3, [16, 16, 16]),
@@ -367,15 +368,18 @@ def write_bundle(name, folder):
     torch.save(original_network(name, folder).state_dict(), folder / "models" / "model.pt")
     if name == "whole_body":
         torch.save(original_network(name, folder).state_dict(), folder / "models" / "model_lowres.pt")
-    if name == "spleen":
+    if name == "spleen":  # of a second network
+        state = original_network(name, folder, "inference_small.json").state_dict()
+        torch.save({"state_dict": state, "epoch": 3}, folder / "models" / "small.pt")
         torch.jit.save(torch.jit.script(UNet(2, 1, 1, [4, 4], [2])), folder / "models" / "model.ts")
     return folder
 
 
-def original_network(name, folder):
+def original_network(name, folder, config=None):
     """The original's network, with batch statistics that are not those of a new one."""
     parser = ConfigParser()
-    parser.read_config([str(folder / "configs" / f) for f in first(name, f"train.{'yaml' if name == 'parts' else 'json'}")])
+    config = config or ("train.yaml" if name == "parts" else "train.json")
+    parser.read_config([str(folder / "configs" / f) for f in first(name, config)])
     if name == "swin_unetr":
         del parser["network_def"]["img_size"]
     network = parser.get_parsed_content("network_def")
