@@ -166,11 +166,13 @@ def test_rendering_on_a_finer_grid_beats_upsampling_the_coarse_logits():
     points = {"num_train": 1024, "num_eval": 1728}
     net = Morse(backbone, "dense", "anatomical", 1, coarse="backbone", decoder=["1"], points=points, **options)
     optimizer, loss = torch.optim.Adam(net.parameters(), 0.01), MorseLoss(1.0)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, 200)  # without, the last step's noise decides
     for _ in range(200):
         images, labels = pairs(4)
         optimizer.zero_grad()
         loss(net(images, return_points=True, grid=fine), labels).backward()
         optimizer.step()
+        decay.step()
 
     net.eval()
     images, labels = pairs(20)
