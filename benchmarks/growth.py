@@ -144,6 +144,8 @@ def main() -> None:
                 panel.plot(AXES[axis], y, "o-", label=name)
                 panel.plot(AXES[axis], [y[-1] * v / AXES[axis][-1] for v in AXES[axis]], ":", color="grey", linewidth=1)
             panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=("seconds", "MiB")[row] + " added")
+            panel.set_xticks(AXES[axis], [f"{v:,}" for v in AXES[axis]], rotation=30, fontsize=7)
+            panel.set_xticks([], minor=True)
             panel.legend(fontsize=7)
     figure.suptitle(f"What MORSE ({args.preset}) adds to a small 3D UNet; dotted: linear")
     figure.tight_layout()
