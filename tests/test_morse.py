@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROWS, SMALL, TINY, window
 from monai.data import MetaTensor
 
@@ -240,4 +241,41 @@ def test_same_seed_same_points():
 )
 def test_bad_options_are_errors(options, message):
     with pytest.raises(InputError, match=message):
+        morse(**options)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_with_a_stride_the_backbone_sees_averages_and_the_renderer_the_image(dims):
+    net = morse("DynUNet", dims, experts="none", renderer="anatomical", stride=2, image_patch=3, head={"width": 8}).eval()
+    x = image(dims)
+    blocks = x.unfold(2, 2, 2).unfold(3, 2, 2) if dims == 2 else x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2)
+    averaged = blocks.flatten(2 + dims).mean(-1)
+    with torch.no_grad():
+        upsampled = F.interpolate(net.decoder.backbone(averaged), x.shape[2:], mode="bilinear" if dims == 2 else "trilinear")
+        assert torch.allclose(net(x), upsampled, atol=1e-5)  # an untrained renderer changes nothing
+        torch.nn.init.normal_(net.renderer.mlp.layers[-1].weight)
+        changed = (net(x) != upsampled).any(1, keepdim=True)
+        assert torch.equal(changed.float(), net.rendered_voxels(x))
+        # the same averages, another image: the coarse map stays, what is rendered does not
+        other = x.clone()
+        other[:, :, ::2] += 0.1
+        other[:, :, 1::2] -= 0.1
+        a, b = (net(v, return_points=True) for v in (x, other))
+        assert torch.allclose(a.coarse, b.coarse, atol=1e-5)
+        assert not torch.allclose(net(x)[changed.expand(-1, 3, *x.shape[2:])], net(other)[changed.expand(-1, 3, *x.shape[2:])])
+    check_copies(net, x)
+    check_script(net, x, torch.rand(1, 1, *(48, 64, 32)[:dims]))
+
+
+@pytest.mark.parametrize("experts, renderer", CELLS)
+def test_every_cell_takes_a_stride_and_reads_the_image(experts, renderer):
+    net = morse("DynUNet", 3, experts=experts, renderer=renderer, stride=2, image_patch=3)
+    out = net(image(3), return_points=True)
+    assert out.coarse.shape == (2, 3, 32, 48, 16)
+    (out.coarse.sum() + out.point_logits.sum()).backward()
+
+
+@pytest.mark.parametrize("options", [{"stride": 0}, {"image_patch": 2}, {"image_patch": -1}])
+def test_a_stride_below_one_and_an_even_patch_are_errors(options):
+    with pytest.raises(InputError, match=next(iter(options))):
         morse(**options)

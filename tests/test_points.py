@@ -129,3 +129,20 @@ def test_without_exclusion_a_voxel_is_as_uncertain_as_its_least_certain_class():
     for b in range(2):
         for v in range(20):
             assert found[b, v] == -min(abs(float(logits[b, k].flatten()[v])) for k in range(3))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_a_patch_holds_the_voxels_around_a_point_and_the_edge_repeated_beyond_it(size, side):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    index = torch.stack([torch.randperm(math.prod(size))[:9] for _ in range(2)])
+    found = P.sample_patch(x, P.point_coordinates(index, size).double(), side)
+    assert found.shape == (2, 3 * side ** len(size), 9)
+    steps = torch.cartesian_prod(*[torch.arange(side) - side // 2] * len(size)).tolist()
+    places = torch.cartesian_prod(*[torch.arange(n) for n in size]).tolist()
+    for b in range(2):
+        for p in range(9):
+            for m, step in enumerate(steps):
+                voxel = [min(max(i + s, 0), n - 1) for i, s, n in zip(places[index[b, p]], step, size)]
+                for c in range(3):
+                    assert found[b, c * len(steps) + m, p].item() == pytest.approx(x[b, c][tuple(voxel)].item(), abs=1e-5)

@@ -222,7 +222,7 @@ class DecoderFeatures(nn.Module):
 
     Attributes:
         info: a :class:`FeatureInfo` for each feature.
-        num_classes: K, found with the features (0 where none are asked for).
+        in_channels, num_classes: C and K, found with the features (0 where none are asked for).
 
     With features asked for, the logits are those of eval mode in training too: heads of deep supervision are not run.
 
@@ -239,7 +239,7 @@ class DecoderFeatures(nn.Module):
         self.backbone = backbone
         self.names = decoder_names(backbone) if names is None else names
         self.info: Tuple[FeatureInfo, ...] = ()
-        self.num_classes = 0
+        self.in_channels = self.num_classes = 0
         if not callable(self.names) and not self.names:
             return
         twin = _Root(_copy(backbone))
@@ -247,7 +247,7 @@ class DecoderFeatures(nn.Module):
         # a class of its own, so that ``forward`` is ordinary source code to torch.jit, torch.export and torch.compile
         self.__class__ = type(type(self).__name__, (type(self),), {"forward": forward, "__module__": __name__})
         twin.__class__ = type("_Root", (_Root,), {"forward": forward})
-        sizes, self.num_classes = _dry_run(twin)
+        sizes, self.in_channels, self.num_classes = _dry_run(twin)
         labels = [f"feature {i}" for i in range(len(sizes))] if callable(self.names) else self.names
         self.info = tuple(FeatureInfo(label, *size) for label, size in zip(labels, sizes))
 
@@ -322,8 +322,8 @@ def _traced_forward(root: _Root, names: Sequence[str]) -> Any:
     return type(module).forward
 
 
-def _dry_run(root: _Root) -> Tuple[List[Tuple[int, Tuple[float, ...]]], int]:
-    """Channels and reduction of each feature, and K, from a run on fake tensors: no memory, no arithmetic."""
+def _dry_run(root: _Root) -> Tuple[List[Tuple[int, Tuple[float, ...]]], int, int]:
+    """Channels and reduction of each feature, C and K, from a run on fake tensors: no memory, no arithmetic."""
     kind = type(root.backbone).__name__
     conv = next((m for m in root.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if conv is None:
@@ -337,5 +337,5 @@ def _dry_run(root: _Root) -> Tuple[List[Tuple[int, Tuple[float, ...]]], int]:
             continue
         if not isinstance(logits, Tensor) or not all(isinstance(m, Tensor) for m in maps):
             raise InputError(f"{kind} in eval mode must return its logits as one tensor, its decoder features as one each")
-        return [(m.shape[1], tuple(s / t for s, t in zip(size, m.shape[2:]))) for m in maps], logits.shape[1]
+        return [(m.shape[1], tuple(s / t for s, t in zip(size, m.shape[2:]))) for m in maps], conv.in_channels, logits.shape[1]
     raise InputError(f"{kind} fails on a test input: {error}") from error

@@ -14,7 +14,7 @@ from . import streaming
 from .decoders import DecoderFeatures, DecoderFunction, decoder_names
 from .experts import Mixture, PointwiseMLP
 from .renderers import AnatomicalHead, ImplicitPointRendHead, PointRendHead
-from .resampling import resize
+from .resampling import resize, shrink
 
 __all__ = ["Morse", "MorseOutput"]
 
@@ -41,8 +41,10 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 
 
 class _Maps(NamedTuple):
-    """Coarse logits (B, K, *S), the decoder features, and of a mixture its dropout factors and gate logits, else nothing."""
+    """The image (B, C, *S) and coarse logits (B, K, *S), the decoder features, and of a mixture its dropout factors and gate
+    logits, else nothing."""
 
+    image: Tensor
     coarse: Tensor
     features: List[Tensor]
     mixing: List[Tensor]
@@ -89,6 +91,10 @@ class Morse(nn.Module):
         points: options of :class:`PointSelection`: num_train, num_eval, oversample, importance_ratio, multilabel.
         decoder: names of the submodules that make the decoder features, coarse to fine; default: found for MONAI's backbones.
             For a backbone that cannot be traced, a function ``(backbone, x) -> (logits, [features])``, which decides N.
+        stride: the backbone sees the image averaged over blocks of this many voxels along each axis, default 1, the image
+            itself. Its logits are upsampled to the image's grid, on which points are chosen, read and rendered: for scans that
+            are too large, or a machine too small, for their own resolution.
+        image_patch: the renderer also reads the image's own voxels around each point, a cube of this odd side; default 0, none.
         freeze_backbone: train the mixture and the renderer alone: the backbone's weights have no gradient and it stays in eval
             mode, so that its normalisation statistics rest too; default False. With ``coarse="backbone"`` the rendering loss
             is then the only one that trains anything: give it a weight from the start (``schedule: scratch``).
@@ -121,6 +127,8 @@ class Morse(nn.Module):
         head: Mapping[str, Any] | None = None,
         points: Mapping[str, Any] | None = None,
         decoder: Sequence[str] | DecoderFunction | None = None,
+        stride: int = 1,
+        image_patch: int = 0,
         freeze_backbone: bool | str = False,
     ) -> None:
         super().__init__()
@@ -150,6 +158,11 @@ class Morse(nn.Module):
                     )
                 names = names[-num_experts:]
         self.decoder = DecoderFeatures(backbone, names)
+        if stride < 1:
+            raise InputError(f"stride must be a whole number from 1 on, got {stride}")
+        if image_patch < 0 or (image_patch > 0 and image_patch % 2 == 0):
+            raise InputError(f"image_patch must be 0 or an odd number of voxels, got {image_patch}")
+        self.stride, self.image_patch = stride, image_patch
 
         channels = [f.channels for f in self.decoder.info]
         num_classes = self.decoder.num_classes
@@ -165,7 +178,8 @@ class Morse(nn.Module):
                 self.classifier = PointwiseMLP(channels[0], [num_classes], last_activation=False)
         if renderer != "none":
             context = sum(f.channels for f in self.decoder.info)
-            sizes = sum(channels), num_classes, spatial_dims, context
+            patch = self.decoder.in_channels * image_patch**spatial_dims if image_patch else 0
+            sizes = sum(channels) + patch, num_classes, spatial_dims, context
             self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
         self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
         self.freeze_backbone = flag(freeze_backbone, "freeze_backbone")
@@ -253,16 +267,18 @@ class Morse(nn.Module):
         return P.write_points(mask, index, torch.ones_like(index[:, None], dtype=mask.dtype))
 
     def _maps(self, x: Tensor) -> _Maps:
-        logits, features = self.decoder(x)
+        size = [-(-s // self.stride) for s in x.shape[2:]]
+        logits, features = self.decoder(shrink(x, size))
         mixing: List[Tensor] = []
         if self.mixture is not None:
-            size = list(x.shape[2:])
             keep = self.mixture.dropout(x.shape[0])
             gate_logits = self.mixture.gate_logits(features, keep, size)
             mixing = [keep, gate_logits]
             if self.classifier is not None:
                 logits = self._classify(features, keep, gate_logits, size)
-        return _Maps(logits, features, mixing)
+        if self.stride > 1 and logits.ndim == x.ndim:  # not a stack of deep supervision, which the loss knows
+            logits = resize(logits, list(x.shape[2:]))
+        return _Maps(x, logits, features, mixing)
 
     def _classify(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
         """Coarse logits (B, K, *S), a linear map of x_out."""
@@ -284,6 +300,9 @@ class Morse(nn.Module):
             sampled = self.mixture.at_points(maps.features, maps.mixing[0], maps.mixing[1], coordinates)
         else:
             sampled = torch.cat([P.sample_linear(feature, coordinates) for feature in maps.features], dim=1)
+        if self.image_patch > 0:
+            patch = P.sample_patch(maps.image, coordinates, self.image_patch)
+            sampled = torch.cat([sampled, patch.to(sampled.dtype)], dim=1)
         context = logits[:, :0, 0]
         if self.reads_context:
             context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)

@@ -22,6 +22,7 @@ __all__ = [
     "place",
     "point_coordinates",
     "sample_linear",
+    "sample_patch",
     "select_training_points",
     "select_uncertain_points",
     "uncertainty",
@@ -203,6 +204,27 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
         return sampled.squeeze(3).to(x.dtype)
     index, weight = corners(coordinates, list(x.shape[2:]))
     return weigh_corners(gather_points(x, index), weight)
+
+
+def sample_patch(x: Tensor, coordinates: Tensor, side: int) -> Tensor:
+    """:func:`sample_linear` at the ``side^len(S)`` places around each point that lie voxels of ``x`` apart.
+
+    Args:
+        x: (B, C, *S). coordinates: (B, P, len(S)) in [-1, 1]. side: odd.
+
+    Returns:
+        (B, C side^len(S), P), the last axis's neighbours side by side.
+
+    >>> sample_patch(torch.arange(5.0).reshape(1, 1, 1, 5), torch.tensor([[[0.0, 0.0]]]), 3)[0, :, 0]
+    tensor([1., 2., 3., 1., 2., 3., 1., 2., 3.])
+    """
+    places = coordinates.unsqueeze(1)
+    for axis in range(coordinates.shape[2] - 1, -1, -1):  # the last axis's voxels side by side
+        step = torch.zeros_like(coordinates[:, None])
+        step[..., axis] = 2.0 / x.shape[2 + axis]
+        places = torch.cat([places + k * step for k in range(-(side // 2), side // 2 + 1)], dim=1)
+    sampled = sample_linear(x, places.flatten(1, 2))
+    return sampled.reshape(x.shape[0], -1, coordinates.shape[1])
 
 
 def corners(coordinates: Tensor, size: List[int]) -> Tuple[Tensor, Tensor]:
