@@ -7,6 +7,8 @@ import os
 import pickle
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: as many processes as cores run side by side
+
 import nibabel as nib
 import numpy as np
 import pytest

@@ -150,7 +150,8 @@ def test_without_experts_a_point_reads_every_decoder_feature_there(dims):
     x = image(dims, batch=1)
     size = list(x.shape[2:])
     with torch.no_grad():
-        coarse, features, _ = maps = net._maps(x)
+        maps = net._maps(x)
+        coarse, features = maps.coarse, maps.features
         index = torch.arange(math.prod(size))[None]
         mode = "bilinear" if dims == 2 else "trilinear"
         up = [torch.nn.functional.interpolate(f, size, mode=mode, align_corners=False).flatten(2) for f in features]

@@ -286,7 +286,8 @@ def test_morse_takes_any_window(size, batch, classes, system, dtype, seed):
     torch.manual_seed(seed)
     net, finer = network(len(size), classes, system, dtype), [2 * n + 1 for n in size]
     x = torch.randn(batch, 1, *size).to(dtype)
-    with torch.no_grad():
+    # oneDNN's convolution of a 1 x 1 x 5 image in bfloat16 reads memory that is not its own, on CPUs with AMX
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=dtype != torch.bfloat16):
         for logits, shape in ((net.eval()(x), size), (net.eval()(x, grid=finer), finer), (net.train()(x), size)):
             assert logits.shape == (batch, classes, *shape) and logits.dtype == dtype and logits.isfinite().all()
         out = net(x, return_points=True, grid=finer)
