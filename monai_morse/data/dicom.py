@@ -7,6 +7,7 @@ such file exists; :class:`ScanReader` reads it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,8 @@ from monai_morse.errors import InputError
 itk, _ = optional_import("itk")
 
 __all__ = ["ScanReader", "dicom_scans", "is_dicom_scan", "read_scan", "reoriented", "series_files"]
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".dicom"
 NO_IMAGES = ("SEG", "RTSTRUCT", "RTPLAN", "RTDOSE", "SR", "PR", "KO", "DOC")  # modalities of objects that are no scans
@@ -62,22 +65,27 @@ def _tag(file: str, tag: str) -> str:
     return str(content[tag]).strip() if content.HasKey(tag) else ""
 
 
-def _series_in(folder: Path) -> list[tuple[str, str]]:
-    """The series whose files lie right in a folder: identifier, and number and description where there are several."""
-    names = _names(folder)
-    found: list[tuple[str, str]] = []
+def _series_in(folder: Path, files: set[str]) -> list[tuple[str, str]]:
+    """The series of files right in a folder: identifier, and number and description where there are several."""
+    names, unread = _names(folder), set(files)
+    found: list[tuple[str, str, str]] = []
     for series in names.GetSeriesUIDs():
-        first = names.GetFileNames(series)[0]
+        first, *more = names.GetFileNames(series)
+        unread -= {first, *more}
         try:
             modality, number, text = (_tag(first, tag) for tag in ("0008|0060", "0020|0011", "0008|103e"))
         except RuntimeError:  # a scan all the same: read_scan says what is wrong with it
             modality, number, text = "", "", ""
         if modality not in NO_IMAGES:
-            found.append((series, re.sub(r"\W+", "_", f"{number}_{text}").strip("_")))
+            found.append((number.zfill(8), re.sub(r"\W+", "_", f"{number}_{text}").strip("_"), series))
+    if unread:  # which ITK leaves out in silence
+        name = Path(min(unread)).name
+        logger.warning("%s: %d DICOM file(s) without a readable image are left out, such as %s", folder, len(unread), name)
     if len(found) == 1:
-        return [(found[0][0], "")]
-    titles = [title for _, title in found]
-    return [(s, t if t and titles.count(t) == 1 else f"{t}_{i}".strip("_")) for i, (s, t) in enumerate(found, start=1)]
+        return [(found[0][2], "")]
+    found.sort()
+    titles = [title for _, title, _ in found]
+    return [(s, t if t and titles.count(t) == 1 else f"{t}_{i}".strip("_")) for i, (_, t, s) in enumerate(found, start=1)]
 
 
 def dicom_scans(root: str | Path) -> dict[str, str]:
@@ -95,9 +103,10 @@ def dicom_scans(root: str | Path) -> dict[str, str]:
     for place, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         folder = Path(place)
-        if not any(_is_dicom_file(folder / f) for f in sorted(files)):
+        present = {str(folder / f) for f in files if f != "DICOMDIR" and _is_dicom_file(folder / f)}
+        if not present:
             continue
-        for series, title in _series_in(folder):
+        for series, title in _series_in(folder, present):
             parts = [*folder.relative_to(root).parts, *([title] if title else [])] or [root.name]
             scans["/".join(parts)] = str(folder / series / f"{'_'.join(parts)}{SUFFIX}")
     return scans

@@ -54,7 +54,12 @@ class SaveDicomSegd(MapTransform):
             try:
                 self._save(np.asarray(d[key][0]).astype(np.uint8), scan)
             except Exception as error:  # one scan's, highdicom has no class of its own
-                logger.error("no DICOM-SEG of %s: %s: %s", Path(scan).parents[1], type(error).__name__, error)
+                reason = (
+                    str(error)
+                    if isinstance(error, InputError)
+                    else f"its files may lack what a segmentation must repeat: {error!r}"
+                )
+                logger.error("no DICOM-SEG of %s: %s", Path(scan).parents[1], reason)
         return d
 
     def _save(self, labels: np.ndarray, scan: str) -> None:
