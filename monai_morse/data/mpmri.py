@@ -61,6 +61,7 @@ LABEL_PATTERNS = (
     "{label}/{phase}/{patient}",
     "{patient}_{phase}_{label}",
     "{patient}/{label}/*{phase}*",
+    "{patient}/*{phase}*/*{label}*",
     "{patient}/*{phase}*{label}*",
     "{patient}/*{label}*{phase}*",
 )
