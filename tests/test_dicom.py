@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import real_data, write_dicom
+from conftest import ROOT, real_data, write_dicom, write_msd
+from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 
@@ -199,3 +200,21 @@ def test_a_real_compressed_series_without_extensions_lies_on_its_labels():
     voxels, classes = np.asarray(image.dataobj), np.asarray(labels.dataobj)
     liver = voxels[classes == 5]
     assert 60 < liver.mean() < 120 and liver.std() < 30  # Hounsfield units of a liver
+
+
+def test_the_hippocampus_bundle_segments_a_series_as_the_same_scan_in_nifti(tmp_path):
+    bundle = ROOT / "bundles" / "hippocampus_mri_morse"
+    data = write_msd(tmp_path / "data", cases=1, shape=(30, 34, 28), affine=OBLIQUE)
+    image = nib.load(data / "imagesTr/case_0.nii.gz")
+    image = nib.Nifti1Image(np.asarray(image.dataobj).round().astype(np.int16), OBLIQUE)
+    write_dicom(tmp_path / "scans" / "series", image)
+    nib.save(image, tmp_path / "scans" / "nifti.nii.gz")
+    config, meta = (str(bundle / "configs" / f) for f in ("inference.yaml", "metadata.json"))
+    words = {"bundle_root": str(bundle), "dataset_dir": str(tmp_path / "scans"), "output_dir": str(tmp_path / "out")}
+    words["spacing"] = [1.2, 1.2, 3.0]
+    workflow = ConfigWorkflow(config, meta, logging_file=False, workflow_type="infer", **words)
+    workflow.initialize()
+    workflow.run()
+    series, nifti = (nib.load(tmp_path / "out" / f"{n}_seg.nii.gz") for n in ("series", "nifti"))
+    assert np.asarray(nifti.dataobj).any()
+    assert_same(series, nifti)

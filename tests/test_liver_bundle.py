@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +17,7 @@ from conftest import ROOT, real_data, write_dicom, write_msd
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 import monai_morse.data
-from monai_morse.data import dicom_scans, msd_cases, phantom_mpmri, read_scan
+from monai_morse.data import dicom_scans, mpmri, msd_cases, phantom_mpmri, read_scan, write_phantom
 from monai_morse.errors import find_input_error
 from monai_morse.losses import render_weight
 
@@ -179,6 +180,7 @@ def test_without_weights_inference_says_what_to_do(liver, tmp_path):
 
 
 def test_without_data_it_runs_on_a_phantom_of_its_own(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(mpmri, "write_phantom", partial(write_phantom, spacing=(10.0, 10.0, 10.0)))
     monkeypatch.setattr(monai_morse.data, "phantom_mpmri", lambda out: phantom_mpmri(out, patients=2))
     words = {"bundle_root": str(tmp_path), "backbone": "unet3d", "spacing": [8.0, 8.0, 8.0], "num_folds": 2}
     run_here("train", ["train"], **words)

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from functools import partial
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +14,16 @@ from conftest import real_data, write_dicom
 from monai.transforms import LoadImaged
 
 from monai_morse.__main__ import main
-from monai_morse.data import dicom_scans, mpmri, msd_cases, phantom_mpmri, prepare_mpmri, read_scan, usable_cases
+from monai_morse.data import (
+    dicom_scans,
+    mpmri,
+    msd_cases,
+    phantom_mpmri,
+    prepare_mpmri,
+    read_scan,
+    usable_cases,
+    write_phantom,
+)
 from monai_morse.data.dicom import reoriented
 from monai_morse.errors import InputError
 
@@ -299,6 +309,7 @@ def test_real_scans_nifti_and_dicom_with_masks_of_many_organs(tmp_path):
 
 
 def test_the_phantom_has_its_liver_alone_and_is_written_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(mpmri, "write_phantom", partial(write_phantom, spacing=(10.0, 10.0, 10.0)))
     folder = phantom_mpmri(tmp_path / "data" / "phantom", patients=2)
     assert "synthetic" in caplog.text
     assert len(usable_cases(msd_cases(folder, "all", class_names=["liver"]), 2)) == 6
