@@ -110,7 +110,7 @@ def test_a_pattern_and_words_of_ones_own(tmp_path, capsys):
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "p1-x/d/ph1-b" in said and "--pattern" in said and "--phase_words ph1=pre" in said
-    own = ["--pattern", "{patient}-x/*/{phase}-b.nii.gz", "--label_pattern", "truth/{patient}"]
+    own = ["--pattern", "{patient}-x/*/{phase}-b.nii.gz", "--label_pattern", "truth/{patient}/"]
     assert main([*command, *own, "--phase_words", "ph1=pre", "ph2=arterial", "ph3=venous"]) == 0
     said = capsys.readouterr().out
     assert "| p2 | yes | yes | yes |" in said and "6 cases of 2 patients" in said
@@ -274,8 +274,12 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_written(tmp_path)
             prepare_mpmri(source, out)
     with pytest.raises(InputError, match="no folder at"):
         prepare_mpmri(tmp_path / "nowhere", tmp_path / "out")
-    for pattern in ("{phase}.nii.gz", "{patient}/{stage}"):
-        with pytest.raises(InputError, match="a pattern needs"):
+    for pattern, message in (
+        ("{phase}.nii.gz", "a pattern needs .patient."),
+        ("{patient}/{phase}_{stage}", "a pattern needs .patient. and may have"),
+        ("{patient}/mri", "the pattern of scans needs .phase."),
+    ):
+        with pytest.raises(InputError, match=message):
             prepare_mpmri(source, tmp_path / "out", pattern)
     with pytest.raises(InputError, match="phases must be one of"):
         prepare_mpmri(source, tmp_path / "out", phases="all")

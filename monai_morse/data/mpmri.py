@@ -100,7 +100,7 @@ def _expression(pattern: str, phase_words: Sequence[str]) -> re.Pattern[str]:
         raise InputError(f"a pattern needs {{patient}} and may have {{phase}}, {{label}} and *, got {pattern!r}")
     groups = {"patient": "[^/]+?", "phase": _one_of(phase_words), "label": _one_of([*LABEL_WORDS, "liver"])}
     expression = ""
-    for part in re.split(r"({\w+}|\*)", pattern.removesuffix(".gz").removesuffix(".nii")):
+    for part in re.split(r"({\w+}|\*)", pattern.strip("/").removesuffix(".gz").removesuffix(".nii")):
         name = part.strip("{}")
         if not part.startswith("{"):
             expression += "[^/]*?" if part == "*" else re.escape(part)
@@ -275,6 +275,8 @@ def prepare_mpmri(
     for word, phase in (phase_words or {}).items():
         one_of("the phase of a word", phase, PHASES)
         words[re.sub("[ _-]", "", word.lower())] = phase
+    if pattern and "{phase}" not in pattern:
+        raise InputError(f"the pattern of scans needs {{phase}}, e.g. '{{patient}}/{{phase}}', got {pattern!r}")
     _check_out(source, out)
     files = _files(source)
     layout = _layout(list(files), pattern, label_pattern, words)
