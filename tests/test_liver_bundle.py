@@ -1,6 +1,7 @@
 """The liver bundle: every row of the paper's table 2 by its documented words, DICOM and NIfTI in, phantom, two processes."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from conftest import ROOT, real_data, write_dicom, write_msd
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 import monai_morse.data
-from monai_morse.data import dicom_scans, mpmri, msd_cases, phantom_mpmri, read_scan, write_phantom
+from monai_morse.data import dicom_scans, mpmri, msd_cases, phantom_mpmri, prepare_mpmri, read_scan, write_phantom
 from monai_morse.errors import find_input_error
 from monai_morse.losses import render_weight
 
@@ -32,6 +33,7 @@ SMALL = {
     "backbones#unet3d": {"features": 2},
 }
 TINY = {"patch_size": [32, 32, 32], "spacing": [1.0, 1.0, 1.0], "num_folds": 3, "iterations": 2, "val_interval": 1}
+TINY |= {"network_def#points#num_train": 64, "network_def#points#num_eval": 100}
 TINY |= {f"{backbone}#{name}": value for backbone, words in SMALL.items() for name, value in words.items()}
 
 
@@ -99,6 +101,18 @@ def test_other_backbones_train_by_name(backbone, liver, tmp_path):
         words["patch_size"] = [64, 32, 32]
     run_here("train", ["train"], backbone=backbone, **{**folders(liver, tmp_path), **words})
     assert (tmp_path / "model.pt").is_file()
+
+
+def test_prepared_phases_train_as_channels(liver, tmp_path):
+    for i, phase in itertools.product(range(6), ("pre", "art", "ven")):
+        patient = tmp_path / f"source/p{i}"
+        patient.mkdir(parents=True, exist_ok=True)
+        shutil.copy(liver / f"imagesTr/case_{i}.nii.gz", patient / f"{phase}.nii.gz")
+        shutil.copy(liver / f"labelsTr/case_{i}.nii.gz", patient / "liver.nii.gz")
+    prepare_mpmri(tmp_path / "source", tmp_path / "data", phases="channels")
+    run_here("train", ["train"], backbone="unet3d", in_channels=3, **folders(tmp_path / "data", tmp_path))
+    weights = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert next(w for w in weights.values() if w.ndim == 5).shape[1] == 3
 
 
 def test_an_unknown_backbone_is_named(liver, tmp_path):
