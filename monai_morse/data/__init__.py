@@ -1,4 +1,4 @@
-"""Data lists, checks of their files before work starts, files in and out, and the synthetic phantom."""
+"""Data lists, checks of their files before work starts, files in and out, data sets prepared, and the synthetic phantom."""
 
 from .cases import check_split, msd_cases, msd_class_names, raise_if_skipped, usable_cases
 from .dicom import ScanReader, dicom_scans, read_scan

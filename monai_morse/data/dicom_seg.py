@@ -54,11 +54,8 @@ class SaveDicomSegd(MapTransform):
             try:
                 self._save(np.asarray(d[key][0]).astype(np.uint8), scan)
             except Exception as error:  # one scan's, highdicom has no class of its own
-                reason = (
-                    str(error)
-                    if isinstance(error, InputError)
-                    else f"its files may lack what a segmentation must repeat: {error!r}"
-                )
+                known = isinstance(error, InputError)
+                reason = error if known else f"its files may lack what a segmentation must repeat: {error!r}"
                 logger.error("no DICOM-SEG of %s: %s", Path(scan).parents[1], reason)
         return d
 
