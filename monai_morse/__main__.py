@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: the phantom, the demo, bundles wrapped, the tables of systems and of where they run."""
+"""``python -m monai_morse``: phantom, demo, preparation of data, bundles wrapped, tables of systems and of where they run."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
     checks.add_argument("--checks", nargs="*", help="names of the table's columns; default: all")
     checks.add_argument("--dims", type=int, nargs="*", choices=[2, 3], help="default: 3D, or 2D where there is no 3D")
 
+    prepare = commands.add_parser("prepare", help="write a data set in the MSD layout from what groups have")
+    sources = prepare.add_subparsers(dest="kind", required=True)
+    mpmri = sources.add_parser("mpmri", help="multi-phasic liver MRI, NIfTI or DICOM", formatter_class=formatter)
+    mpmri.add_argument("--source", required=True, help="folder with the patients' scans and liver masks")
+    mpmri.add_argument("--out", required=True, help="folder to write")
+    mpmri.add_argument("--pattern", help="where scans are: '{patient}/*{phase}*'; default: the usual layouts are tried")
+    mpmri.add_argument("--label_pattern", help="where masks are: '{patient}/mask'; default: the usual layouts are tried")
+    mpmri.add_argument("--phases", default="separate", help="separate: a case a phase; channels: three channels of one case")
+    mpmri.add_argument("--label_values", type=int, nargs="+", help="labels that are liver; default: the only one there is")
+    mpmri.add_argument("--phase_words", nargs="+", default=[], metavar="WORD=PHASE", help="more words for phases: ph1=pre")
+
     wrap = commands.add_parser("wrap", help="turn a MONAI segmentation bundle into a MORSE bundle", formatter_class=formatter)
     wrap.add_argument("--bundle", required=True, help="folder or zip archive; its code is run to build its network")
     wrap.add_argument("--out", required=True, help="folder to write")
@@ -55,6 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
             from monai_morse.data import write_phantom
 
             write_phantom(args.out, args.patients, args.seed, tuple(args.spacing))
+        elif args.command == "prepare" and args.kind == "mpmri":
+            from monai_morse.data import prepare_mpmri
+
+            words = dict(word.split("=", 1) if "=" in word else (word, "") for word in args.phase_words)
+            print(prepare_mpmri(args.source, args.out, args.pattern, args.label_pattern, args.phases, args.label_values, words))
         elif args.command == "wrap":
             from monai_morse.wrap import wrap_bundle
 

@@ -64,6 +64,14 @@ def seeded():
     np.random.seed(0)  # noqa: NPY002
 
 
+def real_data(name):
+    """A folder of real scans, where it is."""
+    path = SHARED_DATA / name
+    if not path.is_dir():
+        pytest.skip(f"real data needed: no {path} (set MORSE_DATA to the folder that holds it)")
+    return path
+
+
 @pytest.fixture(scope="session")
 def task04():
     """The real MSD Task04 cases, where they are."""
@@ -98,3 +106,42 @@ def write_msd(folder, cases=6, shape=(20, 24, 18), classes=("anterior", "posteri
 @pytest.fixture
 def msd(tmp_path):
     return write_msd(tmp_path / "data")
+
+
+def write_dicom(folder, image, description="t1_vibe", number=1, name="IM{:04d}", modality="MR", slopes=None):
+    """A NIfTI image as a DICOM series, a file a slice, without extensions and in no order; returns the files."""
+    pydicom = pytest.importorskip("pydicom", reason="to write DICOM files: pip install monai_morse[dicom]")
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir(parents=True, exist_ok=True)
+    voxels, lps = np.asarray(image.dataobj), np.diag([-1.0, -1, 1, 1]) @ image.affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    along = lps[:3, :3] / spacing
+    study, series, frame = (generate_uid(entropy_srcs=[str(folder), description, str(number), w]) for w in "abc")
+    files = []
+    for k in np.random.default_rng(0).permutation(voxels.shape[2]):
+        slope = 1.0 if slopes is None else slopes[k]
+        data = pydicom.Dataset()
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+        data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[series, str(k)])
+        data.StudyInstanceUID, data.SeriesInstanceUID, data.FrameOfReferenceUID = study, series, frame
+        data.SeriesDescription, data.SeriesNumber, data.InstanceNumber, data.Modality = description, number, k + 1, modality
+        data.PatientID, data.PatientName, data.PatientBirthDate, data.PatientSex = "p", "p", "", ""
+        data.StudyDate, data.StudyTime, data.StudyID, data.AccessionNumber = "20260101", "120000", "1", ""
+        data.ReferringPhysicianName, data.PositionReferenceIndicator = "", ""
+        data.SeriesDate = data.ContentDate = "20260101"
+        data.ImagePositionPatient = [f"{c:.8g}" for c in lps[:3, 3] + k * lps[:3, 2]]
+        data.ImageOrientationPatient = [f"{c:.8g}" for c in (*along[:, 0], *along[:, 1])]
+        data.PixelSpacing, data.SliceThickness = [f"{spacing[1]:.8g}", f"{spacing[0]:.8g}"], f"{spacing[2]:.8g}"
+        data.Columns, data.Rows = voxels.shape[:2]
+        data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 1
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit = 15
+        data.RescaleSlope, data.RescaleIntercept = f"{slope:g}", "0"
+        data.PixelData = np.round(voxels[:, :, k].T / slope).astype(np.int16).tobytes()
+        path = folder / name.format(len(files))
+        data.save_as(path, enforce_file_format=True)
+        files.append(path)
+    return files

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
 from monai_morse.errors import InputError, one_of
+
+from .dicom import is_dicom_scan, read_scan
 
 __all__ = ["check_split", "find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
 
@@ -109,19 +110,46 @@ def msd_cases(
 
 
 def _load(path: str) -> tuple[Any, np.ndarray]:
-    if not Path(path).is_file():
+    if not is_dicom_scan(path) and not Path(path).is_file():
         raise InputError("the file does not exist")
     try:
-        image = nib.load(path)
+        image = read_scan(path)
         return image, np.asanyarray(image.dataobj)
-    except Exception as error:  # nibabel, zlib and gzip each have their own
-        raise InputError(f"cannot be read, truncated or not NIfTI ({type(error).__name__}: {error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # nibabel, zlib, gzip and ITK each have their own
+        kind = "DICOM" if is_dicom_scan(path) else "NIfTI"
+        raise InputError(f"cannot be read, truncated or not {kind} ({type(error).__name__}: {error})") from error
 
 
 def _corners(image: Any) -> np.ndarray:
     far = np.array(image.shape[:3]) - 1
     grid = np.array(np.meshgrid(*[[0, f] for f in far], indexing="ij")).reshape(3, -1)
     return image.affine[:3, :3] @ grid + image.affine[:3, 3:]
+
+
+def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
+    """Why these can be no scan's voxels; None where they can."""
+    expected = 3 if in_channels == 1 else 4
+    if voxels.ndim != expected or (in_channels > 1 and voxels.shape[-1] != in_channels):
+        wanted = f"a {expected}D image with {in_channels} channel(s)"
+        return f"expected {wanted}, got shape {voxels.shape}; split or stack its channels"
+    if voxels.dtype.kind not in "biuf":
+        return f"voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
+    if not np.isfinite(voxels).all():
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        return f"{count} voxels are NaN or infinite; repair or remove the scan"
+    return None
+
+
+def grid_misfit(label: Any, image: Any) -> str | None:
+    """How the voxels of a label map, or another phase, do not lie on those of its image; None where they do."""
+    shape, expected = tuple(label.shape), tuple(image.shape[:3])
+    if shape != expected:
+        return f"shape {shape} differs from its image's {expected}"
+    spacing = np.linalg.norm(image.affine[:3, :3], axis=0).min()
+    shift = np.linalg.norm(_corners(image) - _corners(label), axis=0).max()
+    return f"its affine puts it up to {shift:.3g} mm away from its image" if shift > 0.05 * spacing else None
 
 
 def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1) -> str | None:
@@ -135,27 +163,18 @@ def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1
     path = case["image"]
     try:
         image, voxels = _load(path)
-        expected = 3 if in_channels == 1 else 4
-        if voxels.ndim != expected or (in_channels > 1 and voxels.shape[-1] != in_channels):
-            wanted = f"a {expected}D image with {in_channels} channel(s)"
-            return f"{path}: expected {wanted}, got shape {voxels.shape}; split or stack its channels"
-        if voxels.dtype.kind not in "biuf":
-            return f"{path}: voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
-        if not np.isfinite(voxels).all():
-            count = int(voxels.size - np.isfinite(voxels).sum())
-            return f"{path}: {count} voxels are NaN or infinite; repair or remove the scan"
+        fault = voxel_fault(voxels, in_channels)
+        if fault:
+            return f"{path}: {fault}"
         if "label" not in case:
             return None
         path = case["label"]
         label, classes = _load(path)
     except InputError as error:
         return f"{path}: {error}; restore the file or remove the case from dataset.json"
-    if classes.shape != voxels.shape[:3]:
-        return f"{path}: shape {classes.shape} differs from its image's {voxels.shape[:3]}; resample the label to the image"
-    spacing = np.linalg.norm(image.affine[:3, :3], axis=0).min()
-    shift = np.linalg.norm(_corners(image) - _corners(label), axis=0).max()
-    if shift > 0.05 * spacing:
-        return f"{path}: its affine puts it up to {shift:.3g} mm away from its image; resample the label to the image"
+    misfit = grid_misfit(label, image)
+    if misfit:
+        return f"{path}: {misfit}; resample the label to the image"
     found = np.unique(classes)
     wrong = found[(found != np.round(found)) | (found < 0) | (found >= num_classes)]
     if wrong.size:

@@ -13,6 +13,8 @@ from monai.data import NibabelWriter
 
 from monai_morse.errors import InputError
 
+from .dicom import dicom_scans
+
 __all__ = ["AtomicNibabelWriter", "check_writable", "scan_name", "scans_in", "written_whole"]
 
 
@@ -38,7 +40,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def scans_in(path: str | Path) -> list[dict[str, str]]:
-    """Cases ``{"image": path}`` for inference: one NIfTI file, the NIfTI files of a folder, or else those of its ``imagesTs``.
+    """Cases ``{"image": path}`` for inference: one NIfTI file, or all scans of a folder.
+
+    These are its NIfTI files, or else those of its ``imagesTs``, and the DICOM series in it and its subfolders, see
+    :func:`monai_morse.data.dicom_scans`.
 
     Raises:
         InputError: when there is none, or two would have one name for their label maps.
@@ -46,27 +51,29 @@ def scans_in(path: str | Path) -> list[dict[str, str]]:
     path = Path(path)
     for place in (path, path / "imagesTs"):
         files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
-        found = [f for f in files if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith(".")]
+        found = [str(f) for f in files if f.name.endswith((".nii", ".nii.gz")) and not f.name.startswith(".")]
         if found:
             break
-    else:
-        raise InputError(f"no NIfTI files (.nii, .nii.gz) at {path} or in its imagesTs; give a scan or a folder of scans")
+    found += dicom_scans(path).values()
+    if not found:
+        raise InputError(
+            f"no NIfTI files (.nii, .nii.gz) at {path} or in its imagesTs, and no DICOM series in it; give a scan or a folder "
+            "of scans"
+        )
     stems = [scan_name(f) for f in found]
     twice = sorted({s for s in stems if stems.count(s) > 1})
     if twice:
-        raise InputError(
-            f"{path} has both .nii and .nii.gz of {', '.join(twice[:5])}; remove one, their label maps would collide"
-        )
-    return [{"image": str(f)} for f in found]
+        raise InputError(f"{path} has two scans named {', '.join(twice[:5])}; remove one, their label maps would collide")
+    return [{"image": f} for f in found]
 
 
 def scan_name(path: str | Path) -> str:
-    """File name without ``.nii`` or ``.nii.gz``.
+    """File name without ``.nii``, ``.nii.gz`` or, of a DICOM series, ``.dicom``.
 
     >>> scan_name("scans/a.b.nii.gz")
     'a.b'
     """
-    return Path(path).name.removesuffix(".gz").removesuffix(".nii")
+    return Path(path).name.removesuffix(".gz").removesuffix(".nii").removesuffix(".dicom")
 
 
 def check_writable(*folders: str | Path) -> None:

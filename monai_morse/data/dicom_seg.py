@@ -1,0 +1,100 @@
+"""Label maps of DICOM series out as DICOM segmentations, by ``highdicom``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import optional_import
+
+from monai_morse.errors import InputError
+
+from .dicom import is_dicom_scan, series_files
+from .files import written_whole
+
+__all__ = ["SaveDicomSegd"]
+
+logger = logging.getLogger(__name__)
+
+
+class SaveDicomSegd(MapTransform):
+    """Writes label maps of DICOM series as DICOM-SEG, ``NAME_seg.dcm``, a segment a class that was found.
+
+    A label map of a scan that was NIfTI is left alone. Where there is nothing to write, as without any voxel of a class, or the
+    series lacks what a segmentation must repeat of it (anonymised too far), an error is logged and the next scan follows.
+
+    Args:
+        keys: label maps (1, *S) on the scan's own grid, ``MetaTensor`` with the meta data of ``LoadImage``.
+        output_dir: folder to write to.
+        class_names: of label 1, 2, ...
+
+    Raises:
+        InputError: when ``highdicom`` is not installed.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str | Path, class_names: Sequence[str]) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+        self.class_names = list(class_names)
+        if not optional_import("highdicom")[1]:
+            raise InputError("dicom_seg needs highdicom: pip install 'monai_morse[dicom]', or leave --dicom_seg false")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            scan = str(d[key].meta["filename_or_obj"])
+            if not is_dicom_scan(scan):
+                continue
+            try:
+                self._save(np.asarray(d[key][0]).astype(np.uint8), scan)
+            except Exception as error:  # one scan's, highdicom has no class of its own
+                known = isinstance(error, InputError)
+                reason = error if known else f"its files may lack what a segmentation must repeat: {error!r}"
+                logger.error("no DICOM-SEG of %s: %s", Path(scan).parents[1], reason)
+        return d
+
+    def _save(self, labels: np.ndarray, scan: str) -> None:
+        import highdicom as hd
+        import pydicom
+        from pydicom.sr.codedict import codes
+
+        found = [k for k in range(1, len(self.class_names) + 1) if (labels == k).any()]
+        if not found:
+            raise InputError("the label map is empty, and a segmentation needs a frame")
+        author = hd.AlgorithmIdentificationSequence(
+            name="MORSE", version=version("monai_morse"), family=codes.DCM.ArtificialIntelligence
+        )
+        segments = [
+            hd.seg.SegmentDescription(
+                segment_number=i,
+                segment_label=self.class_names[k - 1],
+                segmented_property_category=codes.SCT.AnatomicalStructure,
+                segmented_property_type=getattr(codes.SCT, self.class_names[k - 1].title(), codes.SCT.Organ),
+                algorithm_type="AUTOMATIC",
+                algorithm_identification=author,
+            )
+            for i, k in enumerate(found, start=1)
+        ]
+        frames = np.stack([labels == k for k in found], axis=-1).transpose(2, 1, 0, 3)  # a frame a slice, as ITK stacked them
+        segmentation = hd.seg.Segmentation(
+            source_images=[pydicom.dcmread(f) for f in series_files(scan)],
+            pixel_array=frames.astype(np.uint8),
+            segmentation_type="BINARY",
+            segment_descriptions=segments,
+            series_instance_uid=hd.UID(),
+            series_number=100,
+            sop_instance_uid=hd.UID(),
+            instance_number=1,
+            manufacturer="monai_morse",
+            manufacturer_model_name="MORSE",
+            software_versions=version("monai_morse"),
+            device_serial_number="0",
+        )
+        with written_whole(self.output_dir / f"{Path(scan).stem}_seg.dcm") as partial:
+            segmentation.save_as(partial)
