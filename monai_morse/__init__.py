@@ -4,11 +4,11 @@
 other public names to resolve.
 """
 
-from .errors import InputError, flag, short_errors
+from .errors import InputError, chosen, flag, short_errors
 from .losses import MorseLoss
 from .networks import Morse
 from .weights import load_matching
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "Morse", "MorseLoss", "flag", "load_matching", "short_errors"]
+__all__ = ["InputError", "Morse", "MorseLoss", "chosen", "flag", "load_matching", "short_errors"]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-__all__ = ["InputError", "flag", "one_of", "short_errors"]
+__all__ = ["InputError", "chosen", "flag", "one_of", "short_errors"]
 
 
 class InputError(ValueError):
@@ -29,6 +29,12 @@ def one_of(name: str, word: str, words: Iterable[str]) -> None:
     """
     if word not in words:
         raise InputError(f"{name} must be one of {tuple(words)}, got {word!r}")
+
+
+def chosen(name: str, word: str, table: Mapping[str, Any]) -> Any:
+    """The entry of ``table`` that ``word``, given for ``name``, names; see :func:`one_of`."""
+    one_of(name, word, table)
+    return table[word]
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:
