@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: the phantom, the demo, bundles wrapped, the tables of systems and of where they run."""
+"""``python -m monai_morse``: phantoms, data prepared, the demo, bundles wrapped, tables of systems and of where they run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    phantom = commands.add_parser(
-        "phantom", help="write a synthetic multi-phasic abdominal MRI data set", formatter_class=formatter
-    )
-    phantom.add_argument("--out", required=True, help="folder to write, in the MSD layout")
-    phantom.add_argument("--patients", type=int, default=20, help="three scans each")
+    phantom = commands.add_parser("phantom", help="write a synthetic abdominal data set", formatter_class=formatter)
+    phantom.add_argument("--out", required=True, help="folder to write, in the MSD layout (mri) or in BTCV's (ct)")
+    phantom.add_argument("--modality", choices=["mri", "ct"], default="mri", help="mri: three phases a patient; ct: one scan")
+    phantom.add_argument("--patients", type=int, default=20)
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--spacing", type=float, nargs=3, default=[2.5, 2.5, 5.0], metavar="MM", help="voxel size")
+
+    prepare = commands.add_parser("prepare", help="write data as groups have them in the MSD layout")
+    forms = prepare.add_subparsers(dest="form", required=True)
+    synapse = forms.add_parser("synapse", help="BTCV's RawData, or what TransUNet's authors made", formatter_class=formatter)
+    synapse.add_argument("--source", required=True, help="folder with img and label, or train_npz and test_vol_h5, or above it")
+    synapse.add_argument("--out", required=True, help="folder to write")
 
     demo = commands.add_parser(
         "demo", help="train, infer and evaluate MORSE next to its bare backbone", formatter_class=formatter
@@ -52,9 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
-            from monai_morse.data import write_phantom
+            from monai_morse.data import write_ct_phantom, write_phantom
 
-            write_phantom(args.out, args.patients, args.seed, tuple(args.spacing))
+            write = write_ct_phantom if args.modality == "ct" else write_phantom
+            write(args.out, args.patients, args.seed, tuple(args.spacing))
+        elif args.command == "prepare":
+            from monai_morse.data import prepare_synapse
+
+            print(prepare_synapse(args.source, args.out))
         elif args.command == "wrap":
             from monai_morse.wrap import wrap_bundle
 

@@ -1,9 +1,11 @@
-"""Data lists, checks of their files before work starts, files in and out, and the synthetic phantom."""
+"""Data lists, checks of their files before work starts, files in and out, preparation of data sets, synthetic phantoms."""
 
 from .cases import check_split, msd_cases, msd_class_names, raise_if_skipped, usable_cases
 from .files import AtomicNibabelWriter, check_writable, scan_name, scans_in, written_whole
 from .grids import ToScanGridd
 from .phantom import write_phantom
+from .phantom_ct import write_ct_phantom
+from .synapse import prepare_synapse, synapse_phantom
 
 __all__ = [
     "ToScanGridd",
@@ -12,10 +14,13 @@ __all__ = [
     "check_writable",
     "msd_cases",
     "msd_class_names",
+    "prepare_synapse",
     "raise_if_skipped",
     "scan_name",
     "scans_in",
+    "synapse_phantom",
     "usable_cases",
+    "write_ct_phantom",
     "write_phantom",
     "written_whole",
 ]
