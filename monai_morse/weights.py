@@ -134,7 +134,6 @@ def load_vit(network: nn.Module, path: str | Path) -> None:
     """
     backbone = network.get_submodule(BACKBONE.rstrip("."))
     if not isinstance(backbone, TransUNet):
-        raise InputError(
-            f"{path} holds weights for a TransUNet, the backbone is a {type(backbone).__name__}; give --backbone transunet"
-        )
+        kind = type(backbone).__name__
+        raise InputError(f"{path} is for a TransUNet and the backbone is a {kind}; leave it out or give --backbone transunet")
     backbone.load_imagenet21k(path)
