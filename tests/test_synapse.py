@@ -1,6 +1,7 @@
 """Synapse: the CT phantom, and preparation from BTCV's layout and from what TransUNet's authors made of it."""
 
 import json
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -103,6 +104,16 @@ def test_btcv_becomes_msd_with_eight_organs_a_clipped_window_and_the_split(raw, 
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     prepare_synapse(raw / "Training", tmp_path / "out")  # again, from one folder further down
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+
+
+def test_btcv_in_the_folders_of_monais_tutorials_is_the_same(raw, tmp_path):
+    for kind, folder in (("img", "imagesTr"), ("label", "labelsTr")):
+        (tmp_path / "BTCV" / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / "BTCV" / folder).symlink_to(raw / "Training" / kind)
+    assert (
+        prepare_synapse(tmp_path / "BTCV", tmp_path / "out").splitlines()[1:]
+        == prepare_synapse(raw, tmp_path / "b").splitlines()[1:]
+    )
 
 
 def test_cases_follow_the_listings_split(raw, tmp_path):
@@ -218,6 +229,13 @@ def test_a_missing_slice_and_a_broken_volume_are_told(raw, tmp_path):
     (tmp_path / "test_vol_h5/case0002.npy.h5").write_bytes(b"no")
     report = prepare_synapse(tmp_path, tmp_path / "out")
     assert "skipped 2:" in report and "slices [3] are missing" in report and "case0002: OSError" in report
+
+
+def test_without_h5py_one_is_told_what_to_install(raw, tmp_path, monkeypatch):
+    write_copy(raw, tmp_path, *COPIES["TransUNet's labels, slices (X, Y)"])
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(InputError, match="needs h5py: pip install monai_morse.synapse."):
+        prepare_synapse(tmp_path, tmp_path / "out")
 
 
 def test_the_default_data_are_a_phantom_written_once_and_said_to_be_one(tmp_path, caplog):

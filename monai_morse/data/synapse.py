@@ -51,9 +51,9 @@ def _to_organs(names: Sequence[str]) -> np.ndarray:
 # --- BTCV's download
 
 
-def _btcv_cases(place: Path) -> dict[int, Callable[[], Case]]:
-    found = {kind: _numbered(place / kind, rf"{kind}(\d+)\.nii(\.gz)?") for kind in ("img", "label")}
-    return {n: partial(_read_btcv, found["img"][n], found["label"].get(n)) for n in found["img"]}
+def _btcv_cases(images: Path, labels: Path) -> dict[int, Callable[[], Case]]:
+    image, label = (_numbered(d, rf"{k}(\d+)\.nii(\.gz)?") for d, k in ((images, "img"), (labels, "label")))
+    return {n: partial(_read_btcv, image[n], label.get(n)) for n in image}
 
 
 def _read_btcv(image_path: Path, label_path: Path | None) -> Case:
@@ -82,7 +82,7 @@ def _read_h5(path: Path, keys: Sequence[str] = ("image", "label")) -> list[np.nd
     try:
         import h5py
     except ImportError as error:
-        raise ModuleNotFoundError("reading .h5 volumes needs h5py: pip install monai_morse[synapse]") from error
+        raise InputError("reading .h5 volumes needs h5py: pip install monai_morse[synapse]") from error
     with h5py.File(path) as file:
         return [np.asarray(file[key]) for key in keys]
 
@@ -131,7 +131,9 @@ def _found_from_anatomy(volumes: Sequence[Path]) -> tuple[Sequence[str], np.ndar
     for path in tqdm(volumes, desc="finding labels and axes", unit="volume"):
         try:
             label = _read_h5(path, ["label"])[0].astype(np.uint8)
-        except OSError:  # it will be skipped
+        except InputError:  # h5py is missing
+            raise
+        except Exception:  # it will be skipped
             continue
         counts += np.bincount(label.ravel(), minlength=len(counts))[: len(counts)]
         found = [np.argwhere(label == k) for k in range(1, len(counts))]
@@ -160,8 +162,9 @@ def _found_from_anatomy(volumes: Sequence[Path]) -> tuple[Sequence[str], np.ndar
 def _find_cases(source: Path) -> tuple[dict[int, Callable[[], Case]], str]:
     """How to read each case of a folder or of one in it, by number, and what is to be said of all."""
     for place in (source, *sorted(p for p in source.glob("*") if p.is_dir())):
-        if (place / "img").is_dir() and (place / "label").is_dir():
-            return _btcv_cases(place), ""
+        for images, labels in (("img", "label"), ("imagesTr", "labelsTr")):  # as downloaded, or as MONAI's tutorials have it
+            if (place / images).is_dir() and (place / labels).is_dir():
+                return _btcv_cases(place / images, place / labels), ""
         if (place / "train_npz").is_dir() and (place / "test_vol_h5").is_dir():
             return _transunet_cases(place)
     raise InputError(
@@ -177,7 +180,8 @@ def prepare_synapse(source: str | Path, out: str | Path, name: str = NAME) -> st
     used is left out and told. Run again, it writes the same.
 
     Args:
-        source: a folder, or the one above it, with BTCV's ``img`` and ``label``, or with ``train_npz`` and ``test_vol_h5``.
+        source: a folder, or the one above it, with BTCV's ``img`` and ``label`` (or ``imagesTr`` and ``labelsTr``, with the
+            files' names as downloaded), or with ``train_npz`` and ``test_vol_h5``.
         out: folder to write, new or empty or an earlier one of this ``name``.
         name: of the data set, in ``dataset.json``.
 
@@ -204,8 +208,6 @@ def prepare_synapse(source: str | Path, out: str | Path, name: str = NAME) -> st
         case = f"case{number:04d}"
         try:
             image, label, affine = cases[number]()
-        except ModuleNotFoundError as error:
-            raise InputError(str(error)) from error
         except Exception as error:  # whatever one file does, the others are usable
             reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             skipped.append(f"  {case}: {reason}")
