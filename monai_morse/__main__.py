@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: phantom, demo, preparation of data, bundles wrapped, tables of systems and of where they run."""
+"""``python -m monai_morse``: phantoms, demo, preparation of data, bundles wrapped, tables of systems and of where they run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    phantom = commands.add_parser(
-        "phantom", help="write a synthetic multi-phasic abdominal MRI data set", formatter_class=formatter
-    )
-    phantom.add_argument("--out", required=True, help="folder to write, in the MSD layout")
-    phantom.add_argument("--patients", type=int, default=20, help="three scans each")
+    phantom = commands.add_parser("phantom", help="write a synthetic abdominal data set", formatter_class=formatter)
+    phantom.add_argument("--out", required=True, help="folder to write, in the MSD layout (mri) or in BTCV's (ct)")
+    phantom.add_argument("--modality", choices=["mri", "ct"], default="mri", help="mri: three phases a patient; ct: one scan")
+    phantom.add_argument("--patients", type=int, default=20)
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--spacing", type=float, nargs=3, default=[2.5, 2.5, 5.0], metavar="MM", help="voxel size")
 
@@ -54,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     mpmri.add_argument("--phases", default="separate", help="separate: a case a phase; channels: three channels of one case")
     mpmri.add_argument("--label_values", type=int, nargs="+", help="labels that are liver; default: the only one there is")
     mpmri.add_argument("--phase_words", nargs="+", default=[], metavar="WORD=PHASE", help="more words for phases: ph1=pre")
+    synapse = sources.add_parser("synapse", help="BTCV's RawData, or what TransUNet's authors made", formatter_class=formatter)
+    synapse.add_argument("--source", required=True, help="folder with img and label, or train_npz and test_vol_h5, or above it")
+    synapse.add_argument("--out", required=True, help="folder to write")
 
     wrap = commands.add_parser("wrap", help="turn a MONAI segmentation bundle into a MORSE bundle", formatter_class=formatter)
     wrap.add_argument("--bundle", required=True, help="folder or zip archive; its code is run to build its network")
@@ -63,9 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
-            from monai_morse.data import write_phantom
+            from monai_morse.data import write_ct_phantom, write_phantom
 
-            write_phantom(args.out, args.patients, args.seed, tuple(args.spacing))
+            write = write_ct_phantom if args.modality == "ct" else write_phantom
+            write(args.out, args.patients, args.seed, tuple(args.spacing))
+        elif args.command == "prepare" and args.kind == "synapse":
+            from monai_morse.data import prepare_synapse
+
+            print(prepare_synapse(args.source, args.out))
         elif args.command == "prepare" and args.kind == "mpmri":
             from monai_morse.data import prepare_mpmri
 

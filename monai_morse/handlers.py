@@ -42,6 +42,7 @@ __all__ = [
     "ClassMetrics",
     "CoarsePrediction",
     "EpochSeed",
+    "LastModel",
     "RenderSchedule",
     "TrainingState",
     "WeightsLoader",
@@ -324,6 +325,28 @@ class BestModel:
             return
         _save(get_state_dict(self.network), self.path)
         logger.info("new best %s %.4f: saved %s", engine.state.key_metric_name, engine.state.best_metric, self.path)
+
+
+class LastModel:
+    """Saves the network's weights, alone, when training has ended, where there is nothing to choose an epoch by; attach to the
+    trainer.
+
+    Args:
+        path: file to write, e.g. ``models/model.pt``; one of an earlier training is kept, under the time it was written.
+        network: the network.
+    """
+
+    def __init__(self, path: str, network: nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        _keep_earlier(self.path)
+        _save(get_state_dict(self.network), self.path)
+        logger.info("saved the last epoch's weights as %s", self.path)
 
 
 class ClassMetrics:

@@ -14,8 +14,9 @@ from monai.networks.utils import copy_model_state
 from torch import Tensor, nn
 
 from monai_morse.errors import InputError
+from monai_morse.networks import TransUNet
 
-__all__ = ["LoadedWeights", "load_matching", "read_checkpoint"]
+__all__ = ["LoadedWeights", "load_matching", "load_vit", "read_checkpoint"]
 
 logger = logging.getLogger(__name__)
 BACKBONE = "decoder.backbone."  # where a Morse keeps its backbone
@@ -123,3 +124,16 @@ def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any]) ->
     )
     logger.info("%s: %s", name, loaded)
     return loaded
+
+
+def load_vit(network: nn.Module, path: str | Path) -> None:
+    """Start a :class:`Morse` around a :class:`TransUNet` from ImageNet-21k, see :meth:`TransUNet.load_imagenet21k`.
+
+    Raises:
+        InputError: when the backbone is another, or the file is not the public ``R50+ViT-B_16.npz``.
+    """
+    backbone = network.get_submodule(BACKBONE.rstrip("."))
+    if not isinstance(backbone, TransUNet):
+        kind = type(backbone).__name__
+        raise InputError(f"{path} is for a TransUNet and the backbone is a {kind}; leave it out or give --backbone transunet")
+    backbone.load_imagenet21k(path)

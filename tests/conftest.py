@@ -81,6 +81,24 @@ def task04():
     return path
 
 
+@pytest.fixture(scope="session")
+def real_btcv(tmp_path_factory):
+    """A real CT under BTCV's names, twice, to train and to test on; labels of a model, renumbered as BTCV's."""
+    path = SHARED_DATA / "abdomen_ct"
+    if not (path / "image.nii.gz").is_file():
+        pytest.skip(f"real data needed: no abdomen_ct at {path} (set MORSE_DATA to the folder that holds it)")
+    image, found = (nib.load(path / f"{name}.nii.gz") for name in ("image", "totalseg_labels"))
+    label = np.zeros(found.shape, np.uint8)
+    for theirs, btcv in {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 7, 7: 11, 52: 8}.items():
+        label[np.asarray(found.dataobj) == theirs] = btcv
+    folder = tmp_path_factory.mktemp("real") / "RawData"
+    for kind, scan in (("img", image), ("label", nib.Nifti1Image(label, found.affine))):
+        (folder / "Training" / kind).mkdir(parents=True)
+        for number in (1, 5):
+            nib.save(scan, folder / "Training" / kind / f"{kind}{number:04d}.nii.gz")
+    return folder
+
+
 def write_msd(folder, cases=6, shape=(20, 24, 18), classes=("anterior", "posterior"), affine=None):
     """A tiny data set in the MSD layout: bright boxes on noise."""
     rng = np.random.default_rng(0)

@@ -268,7 +268,7 @@ def test_folders_that_cannot_be_are_refused_before_anything_is_written(tmp_path)
         (source, "lie in one another"),
         (source / "out", "lie in one another"),
         (tmp_path, "lie in one another"),
-        (tmp_path / "other", "holds nothing prepared"),
+        (tmp_path / "other", "holds no prepared scans"),
     ):
         with pytest.raises(InputError, match=message):
             prepare_mpmri(source, out)

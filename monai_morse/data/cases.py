@@ -15,6 +15,7 @@ from tqdm import tqdm
 from monai_morse.errors import InputError, one_of
 
 from .dicom import is_dicom_scan, read_scan
+from .files import check_writable, written_whole
 
 __all__ = ["check_split", "find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
 
@@ -34,6 +35,25 @@ def read_listing(dataset_dir: str | Path) -> dict:
     if not isinstance(content, dict) or not isinstance(content.get("training", []), list):
         raise InputError(f"{listing} must be an object whose 'training' is a list, as in the MSD layout")
     return content
+
+
+def write_listing(dataset_dir: Path, content: Mapping[str, Any]) -> None:
+    with written_whole(dataset_dir / "dataset.json") as partial:
+        partial.write_text(json.dumps(content, indent=1))
+
+
+def claim_folder(out: Path, name: str, what: str) -> None:
+    """See that ``out`` can be written: it is new, empty or holds a data set of this ``name``, which may be replaced.
+
+    Raises:
+        InputError: when it is a file or holds something that is no ``what``.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a new folder with --out")
+    if out.exists() and any(out.iterdir()):
+        if not (out / "dataset.json").is_file() or read_listing(out).get("name") != name:
+            raise InputError(f"{out} is not empty and holds no {what}; give a new folder with --out")
+    check_writable(out)
 
 
 def msd_class_names(dataset_dir: str | Path) -> list[str]:
@@ -83,17 +103,19 @@ def msd_cases(
             raise InputError(f"class_names must be a list of {len(listed)} names for {root}'s {listed}, got {class_names!r}")
         if [str(n).lower() for n in class_names] != [n.lower() for n in listed]:
             logger.warning("%s calls its classes %s; they are named %s here", root, listed, list(class_names))
-    if split == "test":
-        return [{"image": str(root / (e["image"] if isinstance(e, Mapping) else e))} for e in listing.get("test", [])]
     entries = listing.get("training", [])
+    own = sorted({str(e["split"]) for e in entries if isinstance(e, Mapping) and "split" in e})
+    if split == "test" and not own:
+        return [{"image": str(root / (e["image"] if isinstance(e, Mapping) else e))} for e in listing.get("test", [])]
     if not entries:
         raise InputError(f"{root}/dataset.json lists no training cases")
     broken = [e for e in entries if not isinstance(e, Mapping) or not {"image", "label"} <= e.keys()]
     if broken:
         raise InputError(f"{root}/dataset.json: every training case needs an image and a label, got {broken[0]}")
-    one_of("split", split, ("train", "val", "all", "test"))
-    if split == "all":
-        return [{k: str(root / e[k]) for k in ("image", "label")} for e in entries]
+    one_of("split", split, (*own, "all") if own else ("train", "val", "all", "test"))
+    if split == "all" or own:
+        wanted = [e for e in entries if split in ("all", e.get("split"))]
+        return [{k: str(root / e[k]) for k in ("image", "label")} for e in wanted]
     patients = sorted({str(e.get("patient", e["label"])) for e in entries})
     if not 0 <= fold < num_folds or not 2 <= num_folds <= len(patients):
         raise InputError(

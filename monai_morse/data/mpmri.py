@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
-import logging
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +22,12 @@ from tqdm import tqdm
 
 from monai_morse.errors import InputError, one_of
 
-from .cases import grid_misfit, read_listing, voxel_fault
+from .cases import claim_folder, grid_misfit, voxel_fault, write_listing
 from .dicom import dicom_scans, read_scan, reoriented
-from .files import check_writable, scan_name, written_whole
-from .phantom import PHASES, write_phantom
+from .files import scan_name, written_whole
+from .phantom import PHASES, phantom_at, write_phantom
 
 __all__ = ["phantom_mpmri", "prepare_mpmri"]
-
-logger = logging.getLogger(__name__)
 
 NAME = "multi-phasic liver MRI, prepared by monai_morse"
 PHASE_WORDS = {
@@ -219,14 +214,10 @@ def _check_out(source: Path, out: Path) -> None:
         raise InputError(f"no folder at {source}; give the folder of the patients with --source")
     if out == source or source in out.parents or out in source.parents:
         raise InputError(f"{out} and {source} lie in one another; give another folder with --out")
-    if out.is_dir() and any(out.iterdir()):
-        listing = out / "dataset.json"
-        if not listing.is_file() or read_listing(out).get("name") != NAME:
-            raise InputError(f"{out} is not empty and holds nothing prepared; give a new folder with --out")
-    check_writable(out)
+    claim_folder(out, NAME, "prepared scans")
 
 
-def _write_listing(out: Path, phases: str, training: list[dict]) -> None:
+def _list_cases(out: Path, phases: str, training: list[dict]) -> None:
     channels = ["MRI"] if phases == "separate" else [f"MRI, {p}" for p in PHASES]
     content = {
         "name": NAME,
@@ -236,8 +227,7 @@ def _write_listing(out: Path, phases: str, training: list[dict]) -> None:
         "numTraining": len(training),
         "training": training,
     }
-    with written_whole(out / "dataset.json") as partial:
-        partial.write_text(json.dumps(content, indent=1))
+    write_listing(out, content)
 
 
 def prepare_mpmri(
@@ -292,7 +282,7 @@ def prepare_mpmri(
     if len(set(names.values())) < len(names):
         raise InputError(f"patients {patients} would share file names; give them names of letters and digits")
 
-    _write_listing(out, phases, [])
+    _list_cases(out, phases, [])
     for folder in ("imagesTr", "labelsTr"):
         (out / folder).mkdir(exist_ok=True)
         for file in (out / folder).glob("*.nii.gz"):  # an earlier preparation's
@@ -326,7 +316,7 @@ def prepare_mpmri(
         csv.writer(stream).writerows([("patient", "phase", "reason"), *skipped])
     if not training:
         raise InputError(f"no case can be used: {'; '.join(': '.join(s).strip(': ') for s in skipped[:5])}")
-    _write_listing(out, phases, training)
+    _list_cases(out, phases, training)
     used = len({e["patient"] for e in training})
     table += ["", f"{len(training)} cases of {used} patients in {out}, {len(skipped)} left out (skipped.csv)"]
     return "\n".join(table + [f"- {' '.join(s[:2]).strip()}: {s[2]}".replace("- : ", "- ") for s in skipped[:30]])
@@ -341,16 +331,9 @@ def phantom_mpmri(out: str | Path, patients: int = 20) -> str:
     Returns:
         the folder.
     """
-    out = Path(out).resolve()
-    logger.warning("no data set was given: taking a phantom, synthetic scans, at %s; give real ones with --dataset_dir", out)
-    if not (out / "dataset.json").is_file():
-        check_writable(out.parent)
-        # renamed when it is whole: a kill leaves nothing, and of several processes the first one's stays
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".phantom-") as folder:
-            prepare_mpmri(write_phantom(Path(folder) / "all", patients), Path(folder) / "liver", label_values=[1])
-            try:
-                os.replace(Path(folder) / "liver", out)
-            except OSError:
-                if not (out / "dataset.json").is_file():
-                    raise
-    return str(out)
+
+    def make(scratch: Path) -> Path:
+        prepare_mpmri(write_phantom(scratch / "all", patients), scratch / "liver", label_values=[1])
+        return scratch / "liver"
+
+    return phantom_at(out, make)

@@ -7,7 +7,10 @@ field and Rician noise. Grids are anisotropic and oblique, as scanners make them
 
 from __future__ import annotations
 
-import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +21,12 @@ from tqdm import tqdm
 
 from monai_morse.errors import InputError
 
-from .cases import read_listing
-from .files import check_writable, written_whole
+from .cases import claim_folder, write_listing
+from .files import check_writable
 
 __all__ = ["CLASSES", "PHASES", "Patient", "write_phantom"]
+
+logger = logging.getLogger(__name__)
 
 NAME = "MORSE phantom"
 PHASES = ("pre", "arterial", "venous")
@@ -68,6 +73,27 @@ def _smooth_union(f: np.ndarray, g: np.ndarray, k: float = 14.0) -> np.ndarray:
     """Union of two surfaces whose seam is rounded over about ``k`` mm."""
     h = np.clip(0.5 + 0.5 * (g - f) / k, 0, 1)
     return g + (f - g) * h - k * h * (1 - h)
+
+
+def rasterised(
+    tissue_at: Callable[[np.ndarray], np.ndarray],
+    values: np.ndarray,
+    shape: tuple[int, int, int],
+    affine: np.ndarray,
+    samples: tuple[int, int, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tissues at the voxel centres of a grid (*shape); their ``values`` (tissues, C) averaged over each voxel, (voxels, C)."""
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1).reshape(-1, 3)
+    center = tissue_at(grid @ affine[:3, :3].T + affine[:3, 3])
+    # only voxels with another tissue next to them can be mixed
+    tissue = center.reshape(shape)
+    mixed = np.flatnonzero(maximum_filter(tissue, 3) != minimum_filter(tissue, 3))
+    image = values[center]
+    image[mixed] = 0
+    for offset in np.ndindex(*samples):
+        shifted = grid[mixed] + (np.array(offset) + 0.5) / samples - 0.5
+        image[mixed] += values[tissue_at(shifted @ affine[:3, :3].T + affine[:3, 3])] / np.prod(samples)
+    return tissue, image
 
 
 @dataclass
@@ -137,10 +163,14 @@ class Patient:
                 ends = grown
         return tubes
 
+    def bent(self, points: np.ndarray) -> np.ndarray:
+        """Points (P, 3) in mm in the coordinates in which the organs are plain shapes."""
+        p = np.asarray(points, np.float32) / self.scale
+        return p + np.sin(p @ self.wave_vector.T + self.wave_phase) @ self.wave_push
+
     def tissue(self, points: np.ndarray) -> np.ndarray:
         """Tissue index (order of ``TISSUES``) at points (P, 3) in mm; later structures lie over earlier ones."""
-        p = np.asarray(points, np.float32) / self.scale
-        p = p + np.sin(p @ self.wave_vector.T + self.wave_phase) @ self.wave_push
+        p = self.bent(points)
         x, y, z = p.T
         out = np.zeros(len(p), np.uint8)
 
@@ -199,18 +229,8 @@ class Patient:
         Returns:
             intensities (3, *shape), float32, and classes at the voxel centres (*shape), uint8.
         """
-        grid = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1).reshape(-1, 3)
-        center = self.tissue(grid @ affine[:3, :3].T + affine[:3, 3])
-        label = _CLASS[center].reshape(shape)
-        # only voxels with another tissue next to them can be mixed
-        tissue = center.reshape(shape)
-        mixed = np.flatnonzero(maximum_filter(tissue, 3) != minimum_filter(tissue, 3))
-        image = _CONTRAST[center]
-        image[mixed] = 0
-        for offset in np.ndindex(*samples):
-            shifted = grid[mixed] + (np.array(offset) + 0.5) / samples - 0.5
-            image[mixed] += _CONTRAST[self.tissue(shifted @ affine[:3, :3].T + affine[:3, 3])] / np.prod(samples)
-
+        tissue, image = rasterised(self.tissue, _CONTRAST, shape, affine, samples)
+        label = _CLASS[tissue]
         rng = np.random.default_rng([self.seed, 1])
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         texture = gaussian_filter(rng.standard_normal(shape), 5 / spacing)
@@ -240,11 +260,6 @@ class Patient:
         return (int(shape[0]), int(shape[1]), int(shape[2])), affine
 
 
-def _write_listing(out: Path, content: dict) -> None:
-    with written_whole(out / "dataset.json") as partial:
-        partial.write_text(json.dumps(content, indent=1))
-
-
 def write_phantom(
     out: str | Path, patients: int = 20, seed: int = 0, spacing: tuple[float, float, float] = (2.5, 2.5, 5.0)
 ) -> Path:
@@ -267,13 +282,7 @@ def write_phantom(
     out = Path(out).resolve()
     if patients < 1 or seed < 0 or min(spacing) <= 0:
         raise InputError(f"phantom: need patients >= 1, seed >= 0, spacing > 0; got {patients}, {seed}, {spacing}")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give a new folder with --out")
-    if out.exists() and any(out.iterdir()):
-        listing = out / "dataset.json"
-        if not listing.is_file() or read_listing(out).get("name") != NAME:
-            raise InputError(f"{out} is not empty and holds no phantom; give a new folder with --out")
-    check_writable(out)
+    claim_folder(out, NAME, "phantom")
     training: list[dict] = []
     content = {
         "name": NAME,
@@ -285,7 +294,7 @@ def write_phantom(
         "numTraining": len(PHASES) * patients,
         "training": training,
     }
-    _write_listing(out, content)
+    write_listing(out, content)
     for name in ("imagesTr", "labelsTr"):
         (out / name).mkdir(exist_ok=True)
         for scan in (out / name).glob("patient_*.nii.gz"):  # an earlier phantom's
@@ -302,5 +311,26 @@ def write_phantom(
             integers = np.round(image * (600 + 40 * (number % 7))).astype(np.int16)
             nib.save(nib.Nifti1Image(integers, affine), out / path)
             training.append({"image": f"./{path}", "label": f"./labelsTr/{name}.nii.gz", "patient": name, "phase": phase})
-    _write_listing(out, content)
+    write_listing(out, content)
     return out
+
+
+def phantom_at(out: str | Path, make: Callable[[Path], Path]) -> str:
+    """The folder ``out`` of a phantom to run a bundle on until there are real scans, made if it is not there.
+
+    Args:
+        out: folder. make: writes the phantom in the folder that it is given and returns where.
+    """
+    out = Path(out).resolve()
+    logger.warning("no --dataset_dir was given: taking synthetic scans, a phantom, at %s", out)
+    if not (out / "dataset.json").is_file():
+        check_writable(out.parent)
+        # renamed when it is whole: a kill leaves nothing, and of several processes the first one's stays
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".phantom-") as scratch:
+            made = make(Path(scratch))
+            try:
+                os.rename(made, out)
+            except OSError:
+                if not (out / "dataset.json").is_file():
+                    raise
+    return str(out)
