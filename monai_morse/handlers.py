@@ -33,6 +33,7 @@ from torch import nn
 from monai_morse.data import scan_name, written_whole
 from monai_morse.errors import InputError, flag
 from monai_morse.losses import MorseLoss, render_weight
+from monai_morse.metrics import PaperFigures, paper_figures
 from monai_morse.networks import MorseOutput
 from monai_morse.weights import load_matching, read_checkpoint
 
@@ -361,23 +362,26 @@ def mean_of(values: Sequence[float], digits: int) -> str:
 
 
 class CaseReport:
-    """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD (mm) on the label's own grid, and seconds.
+    """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD on the label's own grid in two definitions, and seconds.
 
-    The figures are MONAI's: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. Where only
-    the prediction or only the label is empty, Dice and Jaccard are 0 and the distances, which do not exist, are left blank;
-    where both are, all are. Expects one-hot ``pred`` and ``label`` in the engine's output. Each case is written when it is
-    done (those of other processes at the end); the means are logged at the end, with how many cases they are of where that is
-    not all.
+    MONAI's, in mm: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. Where only the
+    prediction or only the label is empty, Dice and Jaccard are 0 and the distances, which do not exist, are left blank; where
+    both are, all are. The paper's, in voxels, with its rule for empty masks: :func:`monai_morse.metrics.paper_figures`.
+
+    Expects one-hot ``pred`` and ``label`` in the engine's output. Each case is written when it is done (those of other
+    processes at the end); the means are logged at the end, with how many cases they are of where that is not all.
 
     Args:
         path: the CSV file.
         class_names: of the foreground classes, in label order.
         label_key: key of the label in the engine's output; default "label".
 
-    The CSV has the columns case, class, dice, jaccard, hd95_mm, asd_mm, seconds (of inference, the same for each class).
+    The CSV has the columns case, class, dice, jaccard, hd95_mm, asd_mm, paper_dice, paper_jaccard, paper_hd95, paper_asd and
+    seconds (of inference, the same for each class).
     """
 
     FIGURES = ("dice", "jaccard", "hd95_mm", "asd_mm")
+    PAPER_FIGURES = tuple(f"paper_{name}" for name in PaperFigures._fields)
 
     def __init__(self, path: str, class_names: Sequence[str], label_key: str = "label") -> None:
         self.path = Path(path)
@@ -420,6 +424,8 @@ class CaseReport:
             for c, class_name in enumerate(self.class_names):
                 row: dict[str, Any] = {"case": name, "class": class_name}
                 row.update({f: float(v[0, c]) if exists[c] else math.nan for f, v in zip(self.FIGURES, figures)})
+                paper = paper_figures(pred[0, c + 1].cpu().numpy(), truth[0, c + 1].cpu().numpy())
+                row.update(zip(self.PAPER_FIGURES, paper))
                 row["seconds"] = self.seconds / len(outputs)
                 self.rows.append(row)
 
@@ -428,7 +434,7 @@ class CaseReport:
     @idist.one_rank_only()
     def _write(self) -> None:
         with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, "seconds"])
+            writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, *self.PAPER_FIGURES, "seconds"])
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({k: self._cell(v) for k, v in row.items()})
@@ -448,7 +454,7 @@ class CaseReport:
     def _log(self, engine: Engine) -> None:
         for class_name in self.class_names:
             rows = [r for r in self.rows if r["class"] == class_name]
-            means = [f"{figure} {mean_of([r[figure] for r in rows], 4)}" for figure in self.FIGURES]
+            means = [f"{figure} {mean_of([r[figure] for r in rows], 4)}" for figure in self.FIGURES + self.PAPER_FIGURES]
             logger.info("%s: %s", class_name, ", ".join(means))
         logger.info("figures of %d cases in %s", len(self.rows) // len(self.class_names), self.path)
 

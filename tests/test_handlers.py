@@ -250,7 +250,10 @@ def test_case_report_in_mm_by_hand(tmp_path):
     assert float(rows[0]["jaccard"]) == pytest.approx(48 / 80)
     assert float(rows[0]["hd95_mm"]) == pytest.approx(3.0)
     assert 0 < float(rows[0]["asd_mm"]) < 3
+    assert float(rows[0]["paper_dice"]) == pytest.approx(2 * 48 / 128)
+    assert float(rows[0]["paper_hd95"]) == 1  # voxels
     assert [rows[1][f] for f in CaseReport.FIGURES] == [""] * 4  # nothing there, nothing found: no figure
+    assert [float(rows[1][f]) for f in CaseReport.PAPER_FIGURES] == [0] * 4  # the paper's rule
 
 
 @pytest.mark.parametrize("missing", ["pred", "label"])
@@ -268,7 +271,9 @@ def test_a_class_missed_or_made_up_is_a_dice_of_zero_without_a_distance(tmp_path
         row = list(csv.DictReader(file))[2]
     assert float(row["dice"]) == float(row["jaccard"]) == 0
     assert row["hd95_mm"] == row["asd_mm"] == ""
+    assert [float(row[f]) for f in CaseReport.PAPER_FIGURES] == ([0, 0, 0, 0] if missing == "pred" else [1, 1, 0, 0])
     assert "one: dice 0.5000, jaccard 0.5000, hd95_mm 0.0000 (1 of 2)" in caplog.text
+    assert f"paper_dice {0.5 if missing == 'pred' else 1:.4f}" in caplog.text
 
 
 def test_figures_of_the_cases_done_survive_a_crash(tmp_path):
