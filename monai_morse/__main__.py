@@ -59,6 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--address", help="of a Ray cluster, or auto; default: this machine")
     sweep.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
 
+    report = commands.add_parser("report", help="the paper's tables from the runs of a sweep", formatter_class=formatter)
+    report.add_argument("runs", type=Path, help="folder with runs at any depth")
+    report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS")
+    report.add_argument("--metric", default="paper", choices=["paper", "monai"], help="whose definition of the figures")
+
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
@@ -73,6 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
             from monai_morse.sweep import sweep as run_sweep
 
             return run_sweep(args.bundle, args.grid, args.out, args.set, args.cpus, args.gpus, args.address, args.dry_run)
+        elif args.command == "report":
+            from monai_morse.report import report as make_report
+
+            print(make_report(args.runs, args.out, args.metric))
         elif args.command == "systems":
             from monai_morse.systems import systems_table
 

@@ -1,6 +1,7 @@
-"""Sweeps of a bundle that learns nothing: its configs write files, so that a run costs an import."""
+"""Sweeps of a bundle that learns nothing: its configs write files."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -22,8 +23,7 @@ seed: 0
 resume: false
 initialize: []
 run:
-  - $Path(@ckpt_dir + '/model_last.pt').write_text(str(@resume))
-  - $1 / (@fold - 1)                     # fold 1 fails
+  - $Path(@ckpt_dir + '/model_last.pt').write_text(str([@fold, @seed, @resume]))
 """
 EVALUATE = """
 weights: $@ckpt_dir + '/model_last.pt'
@@ -46,27 +46,51 @@ def status(folder):
     return json.loads((folder / "run.json").read_text())["status"]
 
 
-def test_one_cell_fails_the_other_is_done_and_a_second_call_runs_only_what_is_left(bundle, tmp_path, capsys):
+PYTHON = """#!/bin/sh
+case "$*" in
+    *"--fold 1"*) touch {runs}/fold-1/model_last.pt; echo "error: no such fold"; exit 1;;
+    *evaluate*) echo figures > {runs}/fold-0/metrics.csv;;
+esac
+"""
+
+
+def test_one_cell_fails_the_other_is_done_and_a_second_call_runs_only_what_is_left(bundle, tmp_path, capsys, monkeypatch):
     pytest.importorskip("ray", reason="pip install monai_morse[cluster]")
-    words = ["sweep", "--bundle", str(bundle), "--out", str(tmp_path / "runs"), "--grid", "fold=[0,1]", "--set", "seed=3"]
-    assert main(words) == 1
+    runs, python = tmp_path / "runs", tmp_path / "python"
+    python.write_text(PYTHON.format(runs=runs))
+    python.chmod(0o755)
+    words = {"grid": {"fold": [0, 1]}, "out": runs, "options": {"seed": 3}}
+    monkeypatch.setattr("sys.executable", str(python))
+    cells = plan_sweep(bundle, **words)
+    monkeypatch.undo()
+    monkeypatch.setattr("monai_morse.sweep.plan_sweep", lambda *args: cells)
+    # all CPUs: one after the other, in one worker
+    assert (
+        main(["sweep", "--bundle", str(bundle), "--out", str(runs), "--grid", "fold=[0,1]", "--cpus", str(os.cpu_count())]) == 1
+    )
     told = capsys.readouterr().out
     assert "2 runs in" in told and "1 done (0 of them before), 1 failed" in told
-    assert "failed: fold-1: training ended with exit code 1" in told and str(tmp_path / "runs/fold-1/log.txt") in told
-    done, failed = tmp_path / "runs/fold-0", tmp_path / "runs/fold-1"
-    assert (status(done), status(failed)) == ("done", "failed")
-    run = json.loads((done / "run.json").read_text())
-    assert run["cell"] == {"fold": 0} and run["settings"] == {"experts": "stochastic", "fold": 0, "seed": 3}
-    assert (done / "metrics.csv").read_text() == "False" and not (failed / "metrics.csv").exists()
-    assert "ZeroDivisionError" in (failed / "log.txt").read_text()
+    assert "failed: fold-1: training ended with exit code 1: error: no such fold" in told
+    assert str(runs / "fold-1" / "log.txt") in told
+    assert (status(runs / "fold-0"), status(runs / "fold-1")) == ("done", "failed")
 
-    before = (done / "log.txt").read_text()
-    cells = plan_sweep(bundle, {"fold": [0, 1]}, tmp_path / "runs", {"seed": 3})
+    before = (runs / "fold-0" / "log.txt").read_text()
+    monkeypatch.undo()
+    cells = plan_sweep(bundle, **words)
     assert [c.done for c in cells] == [True, False]
     assert cells[1].commands()[0][-2:] == ["--resume", "true"]  # it left a checkpoint
-    assert run_sweep(cells[:1]) == [] and (done / "log.txt").read_text() == before
+    assert run_sweep(cells[:1]) == [] and (runs / "fold-0" / "log.txt").read_text() == before
     with pytest.raises(InputError, match="holds a run with seed 3, not 4; give another --out"):
-        plan_sweep(bundle, {"fold": [0, 1]}, tmp_path / "runs", {"seed": 4})
+        plan_sweep(bundle, **{**words, "options": {"seed": 4}})
+
+
+def test_a_cell_is_two_bundle_runs_with_its_options_and_its_record(bundle, tmp_path):
+    (cell,) = plan_sweep(bundle, {"fold": [0]}, tmp_path / "runs", {"seed": 3})
+    assert run_cell(cell.folder, cell.record, cell.commands(), 1, ".") == "", (cell.folder / "log.txt").read_text()
+    run = json.loads((cell.folder / "run.json").read_text())
+    assert run["status"] == "done" and run["cell"] == {"fold": 0} and run["options"] == {"fold": 0, "seed": 3}
+    assert run["settings"] == {"experts": "stochastic", "fold": 0, "seed": 3}
+    assert (cell.folder / "metrics.csv").read_text() == "[0, 3, False]"
 
 
 def test_a_run_whose_evaluation_failed_or_was_stopped_does_not_train_again(bundle, tmp_path):
