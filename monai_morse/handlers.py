@@ -25,20 +25,22 @@ from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
-from monai.networks.utils import get_state_dict
+from monai.networks.utils import eval_mode, get_state_dict
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
 
-from monai_morse.data import scan_name, written_whole
+from monai_morse.data import ToScanGridd, scan_name, written_whole
 from monai_morse.errors import InputError, flag
 from monai_morse.losses import MorseLoss, render_weight
 from monai_morse.metrics import PaperFigures, paper_figures
-from monai_morse.networks import MorseOutput
+from monai_morse.networks import Morse, MorseOutput
+from monai_morse.pictures import boundary_picture
 from monai_morse.weights import load_matching, read_checkpoint
 
 __all__ = [
     "BestModel",
+    "CasePictures",
     "CaseReport",
     "ClassMetrics",
     "CoarsePrediction",
@@ -86,14 +88,15 @@ class RenderSchedule:
 
 class CoarsePrediction:
     """Leaves the coarse logits as the trainer's ``pred`` once the loss has had the points, so that what follows an iteration
-    (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
+        (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
 
-    >>> from monai_morse.networks import MorseOutput
-    >>> engine = Engine(lambda engine, batch: None)
-    >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
-    >>> CoarsePrediction()(engine)
-    >>> engine.state.output["pred"].shape
-    torch.Size([1, 2, 4, 4])
+        >>> from monai_morse.networks import Morse, MorseOutput
+    from monai_morse.pictures import boundary_picture
+        >>> engine = Engine(lambda engine, batch: None)
+        >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
+        >>> CoarsePrediction()(engine)
+        >>> engine.state.output["pred"].shape
+        torch.Size([1, 2, 4, 4])
     """
 
     def attach(self, engine: Engine) -> None:
@@ -361,6 +364,11 @@ def mean_of(values: Sequence[float], digits: int) -> str:
     return mean if len(finite) == len(values) else f"{mean} ({len(finite)} of {len(values)})"
 
 
+def _case_name(output: Mapping[str, Any], label: Any) -> str:
+    """The image's name: phases of one patient share a label."""
+    return scan_name(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
+
+
 class CaseReport:
     """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD on the label's own grid in two definitions, and seconds.
 
@@ -411,8 +419,7 @@ class CaseReport:
         for output in outputs:
             label = output[self.label_key]
             spacing = label.pixdim.tolist() if hasattr(label, "pixdim") else 1.0
-            # the image's name: phases of one patient share a label
-            name = scan_name(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
+            name = _case_name(output, label)
             pred, truth = (torch.as_tensor(output[k]).as_subclass(torch.Tensor)[None] for k in ("pred", self.label_key))
             figures = (
                 compute_dice(pred, truth, include_background=False, ignore_empty=False),
@@ -463,3 +470,60 @@ class CaseReport:
         if isinstance(value, float):
             return f"{value:.6f}" if math.isfinite(value) else ""
         return value
+
+
+class CasePictures:
+    """A PNG a case: slices with the truth, the coarse map, the rendered prediction and the re-rendered voxels.
+
+    It asks the engine's inferer for the coarse map and the voxels as well, so an evaluation takes three times as long: attach
+    it after :class:`CaseReport`, whose seconds are then the prediction's alone. Expects one-hot ``pred`` and ``label`` of 3D
+    scans, on the scan's own grid, in the engine's output. Drawn by :func:`monai_morse.pictures.boundary_picture`.
+
+    Args:
+        folder: where to write ``CASE.png``.
+        slices: of a case; default 3.
+        label_key: key of the label in the engine's output; default "label".
+
+    Raises:
+        InputError: when the engine's network is not :class:`monai_morse.Morse`.
+    """
+
+    def __init__(self, folder: str, slices: int = 3, label_key: str = "label") -> None:
+        self.folder = Path(folder)
+        self.slices = slices
+        self.label_key = label_key
+        self.to_scan = ToScanGridd(["image", "coarse", "points"])
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._look_inside)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _look_inside(self, engine: Engine) -> None:
+        network = getattr(engine.network, "module", engine.network)  # out of DistributedDataParallel
+        if not isinstance(network, Morse):
+            raise InputError(f"pictures need a Morse network, this is a {type(network).__name__}; leave them out")
+        image = engine.state.output["image"]
+        with eval_mode(network):  # what the engine decollates with the prediction
+            engine.state.output["coarse"] = engine.inferer(image, network.coarse).softmax(1)
+            engine.state.output["points"] = engine.inferer(image, network.rendered_voxels)
+
+    def __call__(self, engine: Engine) -> None:
+        for output in engine.state.output:
+            seen: dict[Any, Any] = {key: output[key] for key in ("image", "coarse")}
+            shown = self.to_scan(seen | {"points": (output["points"] > 0).float()})
+            label = output[self.label_key]
+            maps = {"coarse": shown["coarse"], "refined": output["pred"]}
+            boundary_picture(
+                self.folder / f"{_case_name(output, label)}.png",
+                _array(shown["image"][0]),
+                _array(label.argmax(0)),
+                {name: _array(logits.argmax(0)) for name, logits in maps.items()},
+                _array(shown["points"][0]) > 0.1,  # of a grid twice as fine, one voxel is an eighth
+                _case_name(output, label),
+                self.slices,
+                getattr(label, "pixdim", torch.ones(3)).tolist(),
+            )
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    return torch.as_tensor(x).as_subclass(torch.Tensor).cpu().numpy()
