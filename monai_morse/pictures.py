@@ -46,13 +46,15 @@ def boundary_picture(
 
     panels = ["image and truth", *predictions, "re-rendered voxels"]
     aspect = spacing[1] / spacing[0]
-    height = 4 * aspect * image.shape[1] / image.shape[0] + 0.4
+    limits = []  # of the structures in these slices, and some voxels around them
+    for across in (1, 0):
+        inside = np.flatnonzero((truth[:, :, chosen] > 0).any((across, 2)))
+        limits.append((inside[0] - 6, inside[-1] + 6) if inside.size else (0, truth.shape[1 - across] - 1))
+    height = 4 * aspect * np.ptp(limits[1]) / np.ptp(limits[0]) + 0.4
     figure = Figure(figsize=(4 * len(panels), height * len(chosen) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, k in zip(figure.subplots(len(chosen), len(panels), squeeze=False), chosen):
         low, high = np.percentile(image[:, :, k], (1, 99.5))
-        rows = np.flatnonzero((truth[:, :, k] > 0).any(1))
-        columns = np.flatnonzero((truth[:, :, k] > 0).any(0))
         for axis, name in zip(axes, panels):
             axis.imshow(image[:, :, k].T, cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
             for label in range(1, int(truth.max()) + 1):
@@ -62,9 +64,8 @@ def boundary_picture(
             if name == panels[-1]:
                 y, x = np.nonzero(points[:, :, k])
                 axis.scatter(y, x, s=3, c="gold", linewidths=0)
-            if rows.size and columns.size:
-                axis.set_xlim(rows[0] - 6, rows[-1] + 6)
-                axis.set_ylim(columns[0] - 6, columns[-1] + 6)
+            axis.set_xlim(limits[0])
+            axis.set_ylim(limits[1])
             axis.set_title(f"{name} (red), truth (green)" if name in predictions else name, fontsize=10)
             axis.axis("off")
         axes[0].set_title(f"image and truth, slice {k}", fontsize=10)
