@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: phantoms, demo, preparation of data, bundles wrapped, tables of systems and of where they run."""
+"""``python -m monai_morse``: phantoms, data prepared, demo, bundles wrapped, sweeps and their tables, what runs and where."""
 
 from __future__ import annotations
 
@@ -62,6 +62,21 @@ def main(arguments: list[str] | None = None) -> int:
     wrap.add_argument("--out", required=True, help="folder to write")
     wrap.add_argument("--decoder", nargs="*", help="submodules that make the decoder features; default: found for MONAI's")
 
+    sweep = commands.add_parser("sweep", help="train and evaluate every cell of a grid of options", formatter_class=formatter)
+    sweep.add_argument("--bundle", type=Path, required=True, help="folder of a bundle with train.yaml and evaluate.yaml")
+    sweep.add_argument("--grid", required=True, help="e.g. 'experts=[none,stochastic] renderer=[none,anatomical] fold=[0,1]'")
+    sweep.add_argument("--out", type=Path, required=True, help="folder for a folder a run")
+    sweep.add_argument("--set", default="", help="what all runs share, e.g. 'iterations=200 dataset_dir=/data/liver'")
+    sweep.add_argument("--cpus", type=int, default=1, help="of a run")
+    sweep.add_argument("--gpus", type=float, default=0, help="of a run; 0 hides them, 0.5 is a half")
+    sweep.add_argument("--address", help="of a Ray cluster, or auto; default: this machine")
+    sweep.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
+
+    report = commands.add_parser("report", help="the paper's tables from the runs of a sweep", formatter_class=formatter)
+    report.add_argument("runs", type=Path, help="folder with runs at any depth")
+    report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS")
+    report.add_argument("--metric", default="paper", choices=["paper", "monai"], help="whose definition of the figures")
+
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
@@ -82,6 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
             from monai_morse.wrap import wrap_bundle
 
             print(wrap_bundle(args.bundle, args.out, args.decoder))
+        elif args.command == "sweep":
+            from monai_morse.sweep import sweep as run_sweep
+
+            return run_sweep(args.bundle, args.grid, args.out, args.set, args.cpus, args.gpus, args.address, args.dry_run)
+        elif args.command == "report":
+            from monai_morse.report import report as make_report
+
+            print(make_report(args.runs, args.out, args.metric))
         elif args.command == "systems":
             from monai_morse.systems import systems_table
 

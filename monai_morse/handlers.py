@@ -25,19 +25,22 @@ from ignite.engine import Engine, Events
 from monai.data import decollate_batch
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
-from monai.networks.utils import get_state_dict
+from monai.networks.utils import eval_mode, get_state_dict
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
 from torch import nn
 
-from monai_morse.data import scan_name, written_whole
+from monai_morse.data import ToScanGridd, scan_name, written_whole
 from monai_morse.errors import InputError, flag
 from monai_morse.losses import MorseLoss, render_weight
-from monai_morse.networks import MorseOutput
+from monai_morse.metrics import PaperFigures, paper_figures
+from monai_morse.networks import Morse, MorseOutput
+from monai_morse.pictures import boundary_picture
 from monai_morse.weights import load_matching, read_checkpoint
 
 __all__ = [
     "BestModel",
+    "CasePictures",
     "CaseReport",
     "ClassMetrics",
     "CoarsePrediction",
@@ -86,14 +89,15 @@ class RenderSchedule:
 
 class CoarsePrediction:
     """Leaves the coarse logits as the trainer's ``pred`` once the loss has had the points, so that what follows an iteration
-    (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
+        (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
 
-    >>> from monai_morse.networks import MorseOutput
-    >>> engine = Engine(lambda engine, batch: None)
-    >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
-    >>> CoarsePrediction()(engine)
-    >>> engine.state.output["pred"].shape
-    torch.Size([1, 2, 4, 4])
+        >>> from monai_morse.networks import Morse, MorseOutput
+    from monai_morse.pictures import boundary_picture
+        >>> engine = Engine(lambda engine, batch: None)
+        >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
+        >>> CoarsePrediction()(engine)
+        >>> engine.state.output["pred"].shape
+        torch.Size([1, 2, 4, 4])
     """
 
     def attach(self, engine: Engine) -> None:
@@ -383,24 +387,32 @@ def mean_of(values: Sequence[float], digits: int) -> str:
     return mean if len(finite) == len(values) else f"{mean} ({len(finite)} of {len(values)})"
 
 
-class CaseReport:
-    """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD (mm) on the label's own grid, and seconds.
+def _case_name(output: Mapping[str, Any], label: Any) -> str:
+    """The image's name: phases of one patient share a label."""
+    return scan_name(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
 
-    The figures are MONAI's: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. Where only
-    the prediction or only the label is empty, Dice and Jaccard are 0 and the distances, which do not exist, are left blank;
-    where both are, all are. Expects one-hot ``pred`` and ``label`` in the engine's output. Each case is written when it is
-    done (those of other processes at the end); the means are logged at the end, with how many cases they are of where that is
-    not all.
+
+class CaseReport:
+    """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD on the label's own grid in two definitions, and seconds.
+
+    MONAI's, in mm: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. Where only the
+    prediction or only the label is empty, Dice and Jaccard are 0 and the distances, which do not exist, are left blank; where
+    both are, all are. The paper's, in voxels, with its rule for empty masks: :func:`monai_morse.metrics.paper_figures`.
+
+    Expects one-hot ``pred`` and ``label`` in the engine's output. Each case is written when it is done (those of other
+    processes at the end); the means are logged at the end, with how many cases they are of where that is not all.
 
     Args:
         path: the CSV file.
         class_names: of the foreground classes, in label order.
         label_key: key of the label in the engine's output; default "label".
 
-    The CSV has the columns case, class, dice, jaccard, hd95_mm, asd_mm, seconds (of inference, the same for each class).
+    The CSV has the columns case, class, dice, jaccard, hd95_mm, asd_mm, paper_dice, paper_jaccard, paper_hd95, paper_asd and
+    seconds (of inference, the same for each class).
     """
 
     FIGURES = ("dice", "jaccard", "hd95_mm", "asd_mm")
+    PAPER_FIGURES = tuple(f"paper_{name}" for name in PaperFigures._fields)
 
     def __init__(self, path: str, class_names: Sequence[str], label_key: str = "label") -> None:
         self.path = Path(path)
@@ -430,8 +442,7 @@ class CaseReport:
         for output in outputs:
             label = output[self.label_key]
             spacing = label.pixdim.tolist() if hasattr(label, "pixdim") else 1.0
-            # the image's name: phases of one patient share a label
-            name = scan_name(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
+            name = _case_name(output, label)
             pred, truth = (torch.as_tensor(output[k]).as_subclass(torch.Tensor)[None] for k in ("pred", self.label_key))
             figures = (
                 compute_dice(pred, truth, include_background=False, ignore_empty=False),
@@ -443,6 +454,8 @@ class CaseReport:
             for c, class_name in enumerate(self.class_names):
                 row: dict[str, Any] = {"case": name, "class": class_name}
                 row.update({f: float(v[0, c]) if exists[c] else math.nan for f, v in zip(self.FIGURES, figures)})
+                paper = paper_figures(pred[0, c + 1].cpu().numpy(), truth[0, c + 1].cpu().numpy())
+                row.update(zip(self.PAPER_FIGURES, paper))
                 row["seconds"] = self.seconds / len(outputs)
                 self.rows.append(row)
 
@@ -451,7 +464,7 @@ class CaseReport:
     @idist.one_rank_only()
     def _write(self) -> None:
         with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, "seconds"])
+            writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, *self.PAPER_FIGURES, "seconds"])
             writer.writeheader()
             for row in self.rows:
                 writer.writerow({k: self._cell(v) for k, v in row.items()})
@@ -471,7 +484,7 @@ class CaseReport:
     def _log(self, engine: Engine) -> None:
         for class_name in self.class_names:
             rows = [r for r in self.rows if r["class"] == class_name]
-            means = [f"{figure} {mean_of([r[figure] for r in rows], 4)}" for figure in self.FIGURES]
+            means = [f"{figure} {mean_of([r[figure] for r in rows], 4)}" for figure in self.FIGURES + self.PAPER_FIGURES]
             logger.info("%s: %s", class_name, ", ".join(means))
         logger.info("figures of %d cases in %s", len(self.rows) // len(self.class_names), self.path)
 
@@ -480,3 +493,60 @@ class CaseReport:
         if isinstance(value, float):
             return f"{value:.6f}" if math.isfinite(value) else ""
         return value
+
+
+class CasePictures:
+    """A PNG a case: slices with the truth, the coarse map, the rendered prediction and the re-rendered voxels.
+
+    It asks the engine's inferer for the coarse map and the voxels as well, so an evaluation takes three times as long: attach
+    it after :class:`CaseReport`, whose seconds are then the prediction's alone. Expects one-hot ``pred`` and ``label`` of 3D
+    scans, on the scan's own grid, in the engine's output. Drawn by :func:`monai_morse.pictures.boundary_picture`.
+
+    Args:
+        folder: where to write ``CASE.png``.
+        slices: of a case; default 3.
+        label_key: key of the label in the engine's output; default "label".
+
+    Raises:
+        InputError: when the engine's network is not :class:`monai_morse.Morse`.
+    """
+
+    def __init__(self, folder: str, slices: int = 3, label_key: str = "label") -> None:
+        self.folder = Path(folder)
+        self.slices = slices
+        self.label_key = label_key
+        self.to_scan = ToScanGridd(["image", "coarse", "points"])
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._look_inside)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _look_inside(self, engine: Engine) -> None:
+        network = getattr(engine.network, "module", engine.network)  # out of DistributedDataParallel
+        if not isinstance(network, Morse):
+            raise InputError(f"pictures need a Morse network, this is a {type(network).__name__}; leave them out")
+        image = engine.state.output["image"]
+        with eval_mode(network):  # what the engine decollates with the prediction
+            engine.state.output["coarse"] = engine.inferer(image, network.coarse).softmax(1)
+            engine.state.output["points"] = engine.inferer(image, network.rendered_voxels)
+
+    def __call__(self, engine: Engine) -> None:
+        for output in engine.state.output:
+            seen: dict[Any, Any] = {key: output[key] for key in ("image", "coarse")}
+            shown = self.to_scan(seen | {"points": (output["points"] > 0).float()})
+            label = output[self.label_key]
+            maps = {"coarse": shown["coarse"], "refined": output["pred"]}
+            boundary_picture(
+                self.folder / f"{_case_name(output, label)}.png",
+                _array(shown["image"][0]),
+                _array(label.argmax(0)),
+                {name: _array(logits.argmax(0)) for name, logits in maps.items()},
+                _array(shown["points"][0]) > 0.1,  # of a grid twice as fine, one voxel is an eighth
+                _case_name(output, label),
+                self.slices,
+                getattr(label, "pixdim", torch.ones(3)).tolist(),
+            )
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    return torch.as_tensor(x).as_subclass(torch.Tensor).cpu().numpy()

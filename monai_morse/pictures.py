@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,19 @@ def boundary_picture(
     predictions: Mapping[str, np.ndarray],
     points: np.ndarray,
     title: str = "",
+    slices: int = 1,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Path:
-    """One slice of a case: contours of the truth and of each prediction, and the voxels that the renderer re-rendered.
+    """Slices of a case: contours of the truth and of each prediction, and the voxels that the renderer re-rendered.
 
-    The slice is the one across the last axis with most foreground in the truth.
+    The slices lie across the last axis: the one with most foreground in the truth, or, of each of ``slices`` equal parts of the
+    structures' extent, the one with most.
 
     Args:
         path: PNG to write. image, truth, points: (H, W, D). predictions: label maps (H, W, D) by system.
         title: e.g. the case's name.
+        slices: how many, a row each; default 1.
+        spacing: of the voxels, in mm, for the pictures' proportions; default equal.
 
     Returns:
         the path.
@@ -34,28 +39,37 @@ def boundary_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy to import, and of no use to training
     from matplotlib.figure import Figure
 
-    k = int(np.argmax((truth > 0).sum((0, 1))))
-    low, high = np.percentile(image[:, :, k], (1, 99.5))
+    foreground = (truth > 0).sum((0, 1))
+    extent = np.flatnonzero(foreground) if foreground.any() else np.array([truth.shape[2] // 2])
+    parts = np.array_split(np.arange(extent[0], extent[-1] + 1), slices)
+    chosen = [int(part[np.argmax(foreground[part])]) for part in parts if part.size]
+
     panels = ["image and truth", *predictions, "re-rendered voxels"]
-    figure = Figure(figsize=(4 * len(panels), 4.4 * image.shape[1] / image.shape[0] + 0.6), layout="constrained")
+    aspect = spacing[1] / spacing[0]
+    limits = []  # of the structures in these slices, and some voxels around them
+    for across in (1, 0):
+        inside = np.flatnonzero((truth[:, :, chosen] > 0).any((across, 2)))
+        limits.append((inside[0] - 6, inside[-1] + 6) if inside.size else (0, truth.shape[1 - across] - 1))
+    height = 4 * aspect * np.ptp(limits[1]) / np.ptp(limits[0]) + 0.4
+    figure = Figure(figsize=(4 * len(panels), height * len(chosen) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = np.flatnonzero((truth[:, :, k] > 0).any(1))
-    columns = np.flatnonzero((truth[:, :, k] > 0).any(0))
-    for axis, name in zip(figure.subplots(1, len(panels)), panels):
-        axis.imshow(image[:, :, k].T, cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6))
-        for label in range(1, int(truth.max()) + 1):
-            axis.contour((truth[:, :, k] == label).T.astype(float), [0.5], colors="lime", linewidths=1)
-            if name in predictions:
-                axis.contour((predictions[name][:, :, k] == label).T.astype(float), [0.5], colors="red", linewidths=1)
-        if name == panels[-1]:
-            y, x = np.nonzero(points[:, :, k])
-            axis.scatter(y, x, s=3, c="gold", linewidths=0)
-        if rows.size and columns.size:
-            axis.set_xlim(rows[0] - 6, rows[-1] + 6)
-            axis.set_ylim(columns[0] - 6, columns[-1] + 6)
-        axis.set_title(f"{name} (red), truth (green)" if name in predictions else name, fontsize=10)
-        axis.axis("off")
-    figure.suptitle(f"{title}, slice {k}")
+    for axes, k in zip(figure.subplots(len(chosen), len(panels), squeeze=False), chosen):
+        low, high = np.percentile(image[:, :, k], (1, 99.5))
+        for axis, name in zip(axes, panels):
+            axis.imshow(image[:, :, k].T, cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect)
+            for label in range(1, int(truth.max()) + 1):
+                axis.contour((truth[:, :, k] == label).T.astype(float), [0.5], colors="lime", linewidths=1)
+                if name in predictions:
+                    axis.contour((predictions[name][:, :, k] == label).T.astype(float), [0.5], colors="red", linewidths=1)
+            if name == panels[-1]:
+                y, x = np.nonzero(points[:, :, k])
+                axis.scatter(y, x, s=3, c="gold", linewidths=0)
+            axis.set_xlim(limits[0])
+            axis.set_ylim(limits[1])
+            axis.set_title(f"{name} (red), truth (green)" if name in predictions else name, fontsize=10)
+            axis.axis("off")
+        axes[0].set_title(f"image and truth, slice {k}", fontsize=10)
+    figure.suptitle(title)
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     return Path(path)

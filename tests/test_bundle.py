@@ -80,12 +80,13 @@ def test_a_finished_training_goes_on_with_more_epochs(trained, tmp_path):
 
 def test_evaluation_writes_a_row_a_case_and_class_and_label_maps_in_the_labels_geometry(trained, tmp_path):
     data, run_dir, _ = trained
-    succeed(EVALUATE, dataset_dir=data, ckpt_dir=run_dir, output_dir=tmp_path, **TINY)
+    succeed(EVALUATE, dataset_dir=data, ckpt_dir=run_dir, output_dir=tmp_path, save_pictures="true", **TINY)
     held_back = msd_cases(data, "val", num_folds=3)
     with open(tmp_path / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     names = [os.path.basename(c["image"]) for c in held_back]
     assert [r["case"] for r in rows] == [n.removesuffix(".nii.gz") for n in names for _ in range(2)]
+    assert sorted(os.listdir(tmp_path / "pictures")) == sorted(n.replace(".nii.gz", ".png") for n in names)
     for case, name in zip(held_back, names):
         label, pred = nib.load(case["label"]), nib.load(tmp_path / "predictions" / name)
         assert pred.shape == label.shape and np.allclose(pred.affine, label.affine, atol=1e-5)

@@ -6,15 +6,30 @@ import os
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, TINY
 from ignite.engine import Engine, Events
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.handlers import MeanDice
+from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.transforms import Activationsd, AsDiscreted, Compose
 
-from monai_morse import InputError, MorseLoss
-from monai_morse.handlers import BestModel, CaseReport, ClassMetrics, EpochSeed, RenderSchedule, TrainingState, WeightsLoader
+from monai_morse import InputError, Morse, MorseLoss, handlers
+from monai_morse.data import ToScanGridd
+from monai_morse.engines import AutocastInferer, CoordinatesInferer, FineGridInferer
+from monai_morse.handlers import (
+    BestModel,
+    CasePictures,
+    CaseReport,
+    ClassMetrics,
+    EpochSeed,
+    RenderSchedule,
+    TrainingState,
+    WeightsLoader,
+)
 from monai_morse.losses import render_weight
+from monai_morse.pictures import boundary_picture
 
 
 def start_after(engine, epoch, length):
@@ -250,7 +265,10 @@ def test_case_report_in_mm_by_hand(tmp_path):
     assert float(rows[0]["jaccard"]) == pytest.approx(48 / 80)
     assert float(rows[0]["hd95_mm"]) == pytest.approx(3.0)
     assert 0 < float(rows[0]["asd_mm"]) < 3
+    assert float(rows[0]["paper_dice"]) == pytest.approx(2 * 48 / 128)
+    assert float(rows[0]["paper_hd95"]) == 1  # voxels
     assert [rows[1][f] for f in CaseReport.FIGURES] == [""] * 4  # nothing there, nothing found: no figure
+    assert [float(rows[1][f]) for f in CaseReport.PAPER_FIGURES] == [0] * 4  # the paper's rule
 
 
 @pytest.mark.parametrize("missing", ["pred", "label"])
@@ -268,7 +286,9 @@ def test_a_class_missed_or_made_up_is_a_dice_of_zero_without_a_distance(tmp_path
         row = list(csv.DictReader(file))[2]
     assert float(row["dice"]) == float(row["jaccard"]) == 0
     assert row["hd95_mm"] == row["asd_mm"] == ""
+    assert [float(row[f]) for f in CaseReport.PAPER_FIGURES] == ([0, 0, 0, 0] if missing == "pred" else [1, 1, 0, 0])
     assert "one: dice 0.5000, jaccard 0.5000, hd95_mm 0.0000 (1 of 2)" in caplog.text
+    assert f"paper_dice {0.5 if missing == 'pred' else 1:.4f}" in caplog.text
 
 
 def test_figures_of_the_cases_done_survive_a_crash(tmp_path):
@@ -295,3 +315,81 @@ def test_weights_that_match_a_part_are_loaded_when_asked_for(tmp_path):
     WeightsLoader(str(tmp_path / "part.pt"), net, matching=True).attach(engine)
     engine.run([0])
     assert torch.equal(net[0].weight, source.weight) and not torch.equal(net[0].bias, source.bias)
+
+
+def evaluator(network, inferer, scan, *val_handlers):
+    """Of one scan that was stored on a grid twice as fine along its first axis, its label on that grid."""
+    shape = (2 * scan[0], *scan[1:])
+    meta = {"original_affine": torch.eye(4), "spatial_shape": shape, "filename_or_obj": "/scans/scan_3.nii.gz"}
+    affine = torch.diag(torch.tensor([2.0, 1, 1, 1]))
+    affine[0, 3] = 0.5
+    image = MetaTensor(torch.rand(1, *scan), affine=affine, meta=meta)
+    truth = torch.zeros(1, *shape)
+    truth[:, 4:20, 3:12, 2:9] = 1
+    label = MetaTensor(truth, affine=torch.eye(4))
+    postprocessing = [
+        Activationsd("pred", softmax=True),
+        ToScanGridd("pred"),
+        AsDiscreted(["pred"], argmax=True),
+        AsDiscreted(["pred", "label"], to_onehot=3),
+    ]
+    return SupervisedEvaluator(
+        "cpu",
+        torch.utils.data.DataLoader([{"image": image, "label": label}], collate_fn=list_data_collate),
+        network,
+        inferer=inferer,
+        postprocessing=Compose(postprocessing),
+        val_handlers=list(val_handlers),
+    )
+
+
+@pytest.mark.parametrize("renderer", ["none", "anatomical"])
+@pytest.mark.parametrize("dims, scale", [(3, 1), (3, 2), (2, 1)])
+def test_pictures_show_coarse_and_rendered_maps_on_the_scans_grid(dims, scale, renderer, tmp_path, monkeypatch):
+    scan, drawn = (16, 24, 12), []
+    monkeypatch.setattr(handlers, "boundary_picture", lambda *args: drawn.append(args) or boundary_picture(*args))
+    network = Morse(TINY["DynUNet"](dims, 3), "none", renderer, **{**SMALL, "points": {"num_eval": 10}})
+    if dims == 2:
+        inferer = SliceInferer(roi_size=(16, 24), spatial_dim=2, sw_batch_size=4)
+    else:
+        windows = CoordinatesInferer(SlidingWindowInferer((16, 16, 16), overlap=0.25), "volume")
+        inferer = AutocastInferer(FineGridInferer(windows, scale), enabled=False)
+    engine = evaluator(network, inferer, scan, CasePictures(tmp_path, slices=2))
+    engine.run()
+    (path, image, truth, maps, points, title, slices, spacing), whole = drawn[0], (32, 24, 12)
+    assert path.name == "scan_3.png" and path.read_bytes()[:4] == b"\x89PNG" and title == "scan_3"
+    assert image.shape == truth.shape == points.shape == whole and list(maps) == ["coarse", "refined"]
+    assert (truth == 1).sum() == 16 * 9 * 7 and slices == 2 and spacing == [1, 1, 1]
+    assert all(m.shape == whole for m in maps.values())
+    assert points.any() == (renderer != "none")
+    changed = maps["coarse"] != maps["refined"]
+    if renderer == "none":
+        assert not changed.any()
+    elif scale == 1:
+        # changed where voxels were re-rendered; resampling smears a voxel over its neighbours along the first axis
+        near = points | np.roll(points, 1, 0) | np.roll(points, -1, 0) | np.roll(points, 2, 0) | np.roll(points, -2, 0)
+        assert not (changed & ~near).any()
+
+
+def test_pictures_of_another_network_are_an_error(tmp_path):
+    engine = evaluator(torch.nn.Conv3d(1, 3, 1), SlidingWindowInferer((16, 16, 16)), (16, 24, 12), CasePictures(tmp_path))
+    with pytest.raises(InputError, match="pictures need a Morse network, this is a Conv3d"):
+        engine.run()
+
+
+def test_slices_are_spread_over_the_structures(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    shown = []
+    original = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, x, *a, **k: shown.append(x) or original(self, x, *a, **k))
+    image = np.broadcast_to(np.arange(20.0), (8, 9, 20)) + np.zeros((8, 9, 20))
+    truth = np.zeros((8, 9, 20), int)
+    truth[2:4, 2:4, 5:15] = 1
+    truth[2:6, 2:6, [6, 12]] = 1  # the largest of each half
+    for slices, expected in ((1, [6]), (2, [6, 12])):
+        shown.clear()
+        boundary_picture(tmp_path / "p.png", image, truth, {"a": truth}, truth > 0, slices=slices, spacing=(1, 2, 5))
+        assert [int(x[0, 0]) for x in shown[::3]] == expected
+    boundary_picture(tmp_path / "empty.png", image, 0 * truth, {"a": truth}, truth > 0)
+    assert (tmp_path / "empty.png").is_file()

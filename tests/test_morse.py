@@ -129,9 +129,12 @@ def test_inference_changes_the_most_uncertain_voxels_and_no_other(dims, experts,
     net = morse("DynUNet", dims, experts=experts, coarse=coarse, points={"num_eval": 37}).eval()
     x = image(dims)
     with torch.no_grad():
-        coarse_logits = net._maps(x).coarse
+        coarse_logits = net.coarse(x)
         out = net(x)
         mask = net.rendered_voxels(x)
+        grid = [2 * n for n in x.shape[2:]]
+        changed = (net(x, grid=grid) != net.coarse(x, grid)).any(1, keepdim=True)
+        assert changed.any() and (net.rendered_voxels(x, grid)[changed] == 1).all()
     if coarse == "backbone":
         assert torch.equal(coarse_logits, net.decoder.backbone(x))
     top = coarse_logits.sort(1).values

@@ -257,9 +257,21 @@ class Morse(nn.Module):
         return P.uncertainty(logits, self.multilabel).reshape(logits[:, :1].shape)
 
     @torch.jit.unused
-    def rendered_voxels(self, x: Tensor) -> Tensor:
-        """Which voxels ``forward(x)`` re-renders, to look at: (B, C, *S) -> (B, 1, *S), 1 where it does, 0 elsewhere."""
-        coarse = self._maps(x).coarse
+    def coarse(self, x: Tensor, grid: Optional[List[int]] = None, placement: Optional[Tensor] = None) -> Tensor:
+        """The logits before any is re-rendered, to look at: (B, C, *S) -> (B, K, *S), on another ``grid`` as ``forward``'s.
+
+        ``placement`` changes nothing; it is taken so that inferers can call this in the network's place.
+        """
+        coarse = self._maps(x.as_tensor() if isinstance(x, MetaTensor) else x).coarse
+        return coarse if grid is None else resize(coarse, grid)
+
+    @torch.jit.unused
+    def rendered_voxels(self, x: Tensor, grid: Optional[List[int]] = None, placement: Optional[Tensor] = None) -> Tensor:
+        """Which voxels ``forward(x)`` re-renders, to look at: (B, C, *S) -> (B, 1, *S), 1 where it does, 0 elsewhere.
+
+        ``grid`` and ``placement`` as for :meth:`coarse`.
+        """
+        coarse = self.coarse(x, grid)
         mask = torch.zeros_like(coarse[:, :1])
         if self.renderer is None:
             return mask

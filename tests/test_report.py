@@ -1,0 +1,193 @@
+"""Tables from runs written here, against the same numbers worked out slowly."""
+
+import csv
+import itertools
+import json
+import statistics
+
+import numpy as np
+import pytest
+from scipy.stats import wilcoxon
+
+from monai_morse import InputError
+from monai_morse.__main__ import main
+from monai_morse.report import paired_difference, read_runs, report, rows_of
+
+COLUMNS = ("dice", "jaccard", "hd95_mm", "asd_mm", "paper_dice", "paper_jaccard", "paper_hd95", "paper_asd")
+CLASSES = ("liver", "spleen")
+
+
+def write_run(folder, rng, gain=0.0, fold=0, seed=0, cases=6, status="done", blank=False, **settings):
+    """A run; returns its values by (case, class)."""
+    folder.mkdir(parents=True)
+    settings = {"experts": "none", "renderer": "none", "alpha": 0.7, "fold": fold, "seed": seed, **settings}
+    record = {"bundle": "toy", "cell": {}, "options": {}, "settings": settings, "status": status}
+    (folder / "run.json").write_text(json.dumps(record))
+    values = {}
+    if status == "done":
+        with open(folder / "metrics.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["case", "class", *COLUMNS, "seconds"])
+            for case, name in itertools.product(range(cases), CLASSES):
+                figures = np.round(rng.uniform(0.5, 0.8, 8) + gain, 6).tolist()
+                if blank and case == 0:
+                    figures[2] = figures[3] = ""
+                values[f"f{fold}c{case}", name] = dict(zip(COLUMNS, figures))
+                writer.writerow([f"f{fold}c{case}", name, *figures, 1.0])
+    return values
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two folds and two seeds of the baseline and of MORSE."""
+    rng = np.random.default_rng(0)
+    values = {}
+    for fold, seed in itertools.product((0, 1), (0, 1)):
+        values["none", fold, seed] = write_run(tmp_path / f"b{fold}{seed}", rng, fold=fold, seed=seed)
+        system = {"experts": "stochastic", "renderer": "anatomical"}
+        values["morse", fold, seed] = write_run(tmp_path / f"m{fold}{seed}", rng, 0.1, fold=fold, seed=seed, **system)
+    return tmp_path, values
+
+
+def cells(text):
+    """Rows of the first table by their method."""
+    lines = [line.strip("| ").split(" | ") for line in text.split("\n\n")[1].splitlines()]
+    return {row[0]: dict(zip(lines[0], row)) for row in lines[2:]}
+
+
+@pytest.mark.parametrize("metric, names", [("paper", COLUMNS[4:]), ("monai", COLUMNS[:4])])
+def test_means_and_deviations_are_over_runs_of_means_over_classes(metric, names, sweep):
+    folder, values = sweep
+    rows = cells(report(folder, metric=metric))
+    assert list(rows) == ["Baseline", "+ MORSE"]
+    for method, key in (("Baseline", "none"), ("+ MORSE", "morse")):
+        for figure, name, scale in zip(("DSC ↑", "Jaccard ↑", "95HD ↓", "ASD ↓"), names, (100, 100, 1, 1)):
+            runs = [
+                statistics.mean(statistics.mean(v[name] * scale for (_, c), v in run.items() if c == k) for k in CLASSES)
+                for (system, _, _), run in values.items()
+                if system == key
+            ]
+            assert rows[method][figure] == f"{statistics.mean(runs):.2f} ± {statistics.stdev(runs):.2f}"
+        livers = [v[names[0]] * 100 for k, run in values.items() if k[0] == key for (_, c), v in run.items() if c == "liver"]
+        assert rows[method]["liver"] == f"{statistics.mean(livers):.2f}"
+        assert (rows[method]["runs"], rows[method]["cases"]) == ("4", "24")
+
+
+def test_the_difference_is_paired_by_fold_seed_and_case_and_tested_over_cases(sweep):
+    folder, values = sweep
+    deltas = []
+    for fold, case in itertools.product((0, 1), range(6)):
+        seeds = []
+        for seed in (0, 1):
+            ours, base = (
+                statistics.mean(values[key, fold, seed][f"f{fold}c{case}", k]["paper_dice"] * 100 for k in CLASSES)
+                for key in ("morse", "none")
+            )
+            seeds.append(ours - base)
+        deltas.append(statistics.mean(seeds))
+    rows, _ = rows_of(read_runs(folder)[0])
+    found = rows[1].difference(0)
+    assert found.mean == pytest.approx(statistics.mean(deltas)) and found.cases == 12
+    assert found.p == pytest.approx(wilcoxon(deltas).pvalue)
+    rng = np.random.default_rng(7)  # another's draws
+    means = sorted(np.mean([deltas[i] for i in rng.integers(0, 12, 12)]) for _ in range(10_000))
+    assert (found.low, found.high) == pytest.approx((means[250], means[9750]), abs=0.2)
+    assert found.low < found.mean < found.high
+    assert found == rows[1].difference(0)  # a fixed seed
+    assert rows[0].difference(0) is None and paired_difference(rows[1].runs, [], 0) is None
+    text = cells(report(folder))["+ MORSE"]
+    assert text["ΔDSC [95 % CI]"] == f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    assert text["p"] == f"{found.p:.2g}"
+
+
+def test_equal_runs_differ_by_nothing(tmp_path):
+    for name, experts in (("a", "none"), ("b", "dense")):
+        write_run(tmp_path / name, np.random.default_rng(0), experts=experts)
+    rows, _ = rows_of(read_runs(tmp_path)[0])
+    d = rows[1].difference(0)
+    assert (d.mean, d.low, d.high, d.p) == (0, 0, 0, 1)
+
+
+def test_files_hold_the_tables_all_numbers_and_a_picture(sweep, tmp_path, capsys):
+    folder, _ = sweep
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    out = tmp_path / "out"
+    assert (out / "report.md").read_text() == capsys.readouterr().out
+    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
+    latex = (out / "report.tex").read_text()
+    rows = [line for line in latex.splitlines() if line.startswith(("Baseline", "+ MORSE"))]
+    assert len(rows) == 2 and all(r.count("&") == 10 and r.endswith(r"\\") and "±" not in r for r in rows)
+    assert r"95 \% CI" in latex and latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 1
+    with open(out / "report.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [(r["method"], r["figure"]) for r in lines[:2]] == [("Baseline", "DSC"), ("Baseline", "Jaccard")]
+    assert len(lines) == 8 and lines[4]["pairs"] == "12" and float(lines[4]["low"]) < float(lines[4]["difference"])
+
+
+def test_what_is_missing_is_said(sweep):
+    folder, _ = sweep
+    rng = np.random.default_rng(1)
+    write_run(folder / "iar", rng, experts="none", renderer="anatomical", fold=1, seed=1)
+    write_run(folder / "broken", rng, experts="dense", status="failed")
+    write_run(folder / "deep" / "running", rng, experts="dense", seed=5, status="training")
+    write_run(folder / "twice", rng, fold=1, seed=1)
+    text = report(folder)
+    rows = cells(text)
+    assert (rows["+ IAR"]["runs"], rows["+ IAR"]["cases"]) == ("1 of 4", "6 of 24")
+    assert "±" not in rows["+ IAR"]["DSC ↑"] and rows["+ IAR"]["p"] != "-"
+    assert "- broken: failed" in text and "- deep/running: unfinished (training)" in text
+    assert "- twice: left out, the same as b11" in text
+
+
+def test_rows_have_the_papers_names_and_order_and_new_cells_their_words(tmp_path):
+    rng = np.random.default_rng(0)
+    for experts, renderer in itertools.product(
+        ("stochastic", "none", "dense"), ("anatomical", "pointrend", "none", "implicit_pointrend")
+    ):
+        write_run(tmp_path / f"{experts}-{renderer}", rng, experts=experts, renderer=renderer)
+    names = [row.name for row in rows_of(read_runs(tmp_path)[0])[0]]
+    paper = ["Baseline", "+ PointRend", "+ Implicit PointRend", "+ MoE", "+ SMoE", "+ IAR", "+ IAR+MoE", "+ MORSE"]
+    assert names[:8] == paper
+    assert set(names[8:]) == {f"{e} + {r}" for e in ("dense", "stochastic") for r in ("pointrend", "implicit_pointrend")}
+
+
+def test_options_that_vary_name_rows_and_make_tables_3_and_4(tmp_path):
+    rng = np.random.default_rng(0)
+    morse = {"experts": "stochastic", "renderer": "anatomical"}
+    write_run(tmp_path / "b", rng, patch_size=[32, 32])
+    for alpha, patch in itertools.product((0.5, 0.9), ([32, 32], [64, 64])):
+        write_run(tmp_path / f"m{alpha}{patch[0]}", rng, alpha=alpha, patch_size=patch, **morse)
+    write_run(tmp_path / "late", rng, alpha=0.5, patch_size=[32, 32], schedule="half", **morse)
+    rows, _ = rows_of(read_runs(tmp_path)[0])
+    named = {row.name: row for row in rows}
+    assert set(named) == {
+        "Baseline, patch_size [32, 32]",
+        *(f"+ MORSE, alpha {a}, patch_size [{p}, {p}]" for a in (0.5, 0.9) for p in (32, 64)),
+        "+ MORSE, alpha 0.5, patch_size [32, 32], schedule half",
+    }
+    # what trains the baseline must be the same, what it does not depend on need not
+    assert named["+ MORSE, alpha 0.9, patch_size [32, 32]"].difference(0) is not None
+    assert named["+ MORSE, alpha 0.9, patch_size [64, 64]"].difference(0) is None
+    text = report(tmp_path)
+    assert "Table 3, stochastic rate: MORSE, patch_size [32, 32]**" in text
+    table = text.split("Table 3, stochastic rate: MORSE, patch_size [64, 64]**\n\n")[1].split("\n\n")[0].splitlines()
+    assert table[0] == "| alpha | DSC ↑ | ASD ↓ | runs |" and [r.split(" | ")[0] for r in table[2:]] == ["| 0.5", "| 0.9"]
+
+
+def test_distances_that_do_not_exist_are_left_out(tmp_path):
+    values = write_run(tmp_path / "a", np.random.default_rng(0), blank=True)
+    found = statistics.mean(v["hd95_mm"] for v in values.values() if v["hd95_mm"] != "")
+    assert cells(report(tmp_path, metric="monai"))["Baseline"]["95HD ↓"] == f"{found:.2f}"
+
+
+def test_bad_input_is_told(tmp_path, sweep):
+    with pytest.raises(InputError, match="no run.json in .*empty"):
+        report(tmp_path / "empty")
+    with pytest.raises(InputError, match="metric must be one of"):
+        report(tmp_path, metric="mine")
+    (tmp_path / "b00" / "metrics.csv").write_text("case,class,dice\na,liver,0.5\n")
+    with pytest.raises(InputError, match="b00/metrics.csv has no columns paper_dice"):
+        report(tmp_path)
+    (tmp_path / "b00" / "run.json").write_text("{")
+    with pytest.raises(InputError, match="b00/run.json cannot be read"):
+        report(tmp_path)

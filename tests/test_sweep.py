@@ -1,0 +1,156 @@
+"""Sweeps of a bundle that learns nothing: its configs write files."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from monai_morse import InputError
+from monai_morse.__main__ import main
+from monai_morse.sweep import parse_options, plan_sweep, run_cell, run_sweep
+
+TRAIN = """
+imports: [$from pathlib import Path]
+bundle_root: .
+ckpt_dir: models
+output_dir: eval
+dataset_dir: $@bundle_root + '/data'
+experts: stochastic
+fold: 0
+seed: 0
+resume: false
+initialize: []
+run:
+  - $Path(@ckpt_dir + '/model_last.pt').write_text(str([@fold, @seed, @resume]))
+"""
+EVALUATE = """
+weights: $@ckpt_dir + '/model_last.pt'
+run:
+  - $Path(@output_dir + '/metrics.csv').write_text(Path(@weights).read_text())
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    configs = tmp_path / "toy" / "configs"
+    configs.mkdir(parents=True)
+    (configs / "train.yaml").write_text(TRAIN)
+    (configs / "evaluate.yaml").write_text(EVALUATE)
+    (configs / "logging.conf").write_bytes((ROOT / "bundles/hippocampus_mri_morse/configs/logging.conf").read_bytes())
+    return tmp_path / "toy"
+
+
+def status(folder):
+    return json.loads((folder / "run.json").read_text())["status"]
+
+
+PYTHON = """#!/bin/sh
+case "$*" in
+    *"--fold 1"*) touch {runs}/fold-1/model_last.pt; echo "error: no such fold"; exit 1;;
+    *evaluate*) echo figures > {runs}/fold-0/metrics.csv;;
+esac
+"""
+
+
+def test_one_cell_fails_the_other_is_done_and_a_second_call_runs_only_what_is_left(bundle, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ray", reason="pip install monai_morse[cluster]")
+    runs, python = tmp_path / "runs", tmp_path / "python"
+    python.write_text(PYTHON.format(runs=runs))
+    python.chmod(0o755)
+    words = {"grid": {"fold": [0, 1]}, "out": runs, "options": {"seed": 3}}
+    monkeypatch.setattr("sys.executable", str(python))
+    cells = plan_sweep(bundle, **words)
+    monkeypatch.undo()
+    monkeypatch.setattr("monai_morse.sweep.plan_sweep", lambda *args: cells)
+    # all CPUs: one after the other, in one worker
+    assert (
+        main(["sweep", "--bundle", str(bundle), "--out", str(runs), "--grid", "fold=[0,1]", "--cpus", str(os.cpu_count())]) == 1
+    )
+    told = capsys.readouterr().out
+    assert "2 runs in" in told and "1 done (0 of them before), 1 failed" in told
+    assert "failed: fold-1: training ended with exit code 1: error: no such fold" in told
+    assert str(runs / "fold-1" / "log.txt") in told
+    assert (status(runs / "fold-0"), status(runs / "fold-1")) == ("done", "failed")
+
+    before = (runs / "fold-0" / "log.txt").read_text()
+    monkeypatch.undo()
+    cells = plan_sweep(bundle, **words)
+    assert [c.done for c in cells] == [True, False]
+    assert cells[1].commands()[0][-2:] == ["--resume", "true"]  # it left a checkpoint
+    assert run_sweep(cells[:1]) == [] and (runs / "fold-0" / "log.txt").read_text() == before
+    with pytest.raises(InputError, match="holds a run with seed 3, not 4; give another --out"):
+        plan_sweep(bundle, **{**words, "options": {"seed": 4}})
+
+
+def test_a_cell_is_two_bundle_runs_with_its_options_and_its_record(bundle, tmp_path):
+    (cell,) = plan_sweep(bundle, {"fold": [0]}, tmp_path / "runs", {"seed": 3})
+    assert run_cell(cell.folder, cell.record, cell.commands(), 1, ".") == "", (cell.folder / "log.txt").read_text()
+    run = json.loads((cell.folder / "run.json").read_text())
+    assert run["status"] == "done" and run["cell"] == {"fold": 0} and run["options"] == {"fold": 0, "seed": 3}
+    assert run["settings"] == {"experts": "stochastic", "fold": 0, "seed": 3}
+    assert (cell.folder / "metrics.csv").read_text() == "[0, 3, False]"
+
+
+def test_a_run_whose_evaluation_failed_or_was_stopped_does_not_train_again(bundle, tmp_path):
+    (cell,) = plan_sweep(bundle, {"fold": [2]}, tmp_path / "runs", {})
+    stop = ["sh", "-c", "exit 3"]
+    train = ["sh", "-c", f"echo trained; touch {cell.folder}/model_last.pt"]
+    assert run_cell(cell.folder, cell.record, [train, stop], 1, ".") == "evaluation ended with exit code 3"
+    assert cell.trained and not cell.done
+    assert cell.commands() == [cell.evaluate]
+
+
+def test_a_stopped_cell_takes_its_training_along(bundle, tmp_path, monkeypatch):
+    (cell,) = plan_sweep(bundle, {"fold": [2]}, tmp_path / "runs", {})
+    started = []
+    original = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(original(*a, **k)) or started[-1])
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell.folder, cell.record, [["sleep", "60"]] * 2, 1, ".")
+    assert started[0].returncode == -9 and len(started) == 1
+    assert status(cell.folder) == "training"
+
+
+def test_a_dry_run_prints_what_would_be_started(bundle, tmp_path, capsys):
+    words = ["sweep", "--bundle", str(bundle), "--out", str(tmp_path / "runs"), "--dry_run"]
+    assert main([*words, "--grid", "experts=[none,dense]", "--set", "weights=/w.pt dataset_dir=/data/x"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and not (tmp_path / "runs").exists()
+    assert "--experts none" in lines[1] and "--dataset_dir /data/x" in lines[1] and "--weights" not in lines[1]
+    assert "--weights /w.pt" in lines[2] and "evaluate.yaml" in lines[2]
+
+
+@pytest.mark.parametrize(
+    "grid, options, message",
+    [
+        ("expert=[none]", "", "expert is no name in train.yaml of toy"),
+        ("experts=[none,sparse]", "", "experts must be one of .*'sparse'"),
+        ("fold=0", "", r"must be a list of values like fold=\[0\]"),
+        ("fold=[]", "", "must be a list of values"),
+        ("weights=[a]", "", "weights is no name in train.yaml"),
+        ("ckpt_dir=[a]", "", "ckpt_dir is set by the sweep"),
+        ("fold=[0,1]", "fold=1", "fold is in the grid and among"),
+        ("fold=[0,0]", "", "two cells of the grid would have the folder fold-0"),
+        ("fold [0]", "", "expected name=value pairs"),
+        ("fold=[0] fold=[1]", "", "fold is given twice"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_an_error_before_anything_starts(grid, options, message, bundle, tmp_path):
+    with pytest.raises(InputError, match=message):
+        plan_sweep(bundle, parse_options(grid), tmp_path / "runs", parse_options(options))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_bundle_and_no_ray_are_told(bundle, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no .*nowhere/configs/train.yaml"):
+        plan_sweep(tmp_path / "nowhere", {"fold": [0]}, tmp_path / "runs", {})
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match="pip install ray"):
+        run_sweep(plan_sweep(bundle, {"fold": [0]}, tmp_path / "runs", {}))
