@@ -161,8 +161,11 @@ def _keep_earlier(path: Path) -> None:
         logger.info("kept %s of an earlier training as %s", path.name, kept)
 
 
+def _bare(network: nn.Module) -> nn.Module:
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
 def _load_network(network: nn.Module, state: Any, path: str | Path) -> None:
-    network = getattr(network, "module", network)  # out of DistributedDataParallel
     # compared first: load_state_dict copies what fits before it complains of what does not
     wanted = network.state_dict()
     given = state if isinstance(state, Mapping) else {}
@@ -192,7 +195,7 @@ class WeightsLoader:
 
     def __init__(self, load_path: str, network: nn.Module, matching: bool = False) -> None:
         self.load_path = load_path
-        self.network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+        self.network = _bare(network)
         self.matching = matching
 
     def attach(self, engine: Engine) -> None:
@@ -272,7 +275,7 @@ class TrainingState:
                 )
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
-        _load_network(self.network, state["model"], self.path)
+        _load_network(_bare(self.network), state["model"], self.path)
         self._load_optimizer(state["optimizer"], state["epoch"])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["epoch"] * engine.state.epoch_length
         if self.evaluator is not None:

@@ -35,7 +35,7 @@ SYSTEMS = {
 }
 REPEATS = ("fold", "seed")
 # what the baseline does not depend on
-REFINEMENT = ("num_experts", "width", "alpha", "coarse", "schedule", "lambda_rend", "coordinates", "preset")
+REFINEMENT = ("num_experts", "width", "alpha", "coarse", "schedule", "lambda_rend", "coordinates", "image_patch", "preset")
 ABLATIONS = {"alpha": "Table 3, stochastic rate", "num_experts": "Table 3, N", "schedule": "Table 4, lambda_t"}
 
 FIGURES = ("DSC", "Jaccard", "95HD", "ASD")
