@@ -25,6 +25,7 @@ CONFIGS = BUNDLE / "configs"
 SMALL_VIT = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_dim": 32, "resnet_units": [1, 1, 1], "width_factor": 0.5}
 TINY = {
     "patch_size": [32, 32],
+    "batch_size": 2,
     "backbones#unet#features": [4, 4, 8, 16, 32, 4],
     "network_def#points": {"num_train": 64, "num_eval": 64},
 }
