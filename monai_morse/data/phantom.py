@@ -104,7 +104,7 @@ class Patient:
         seed: of everything that differs between patients.
 
     >>> patient = Patient(seed=1)
-    >>> patient.labels(np.array([[-70.0, 0.0, 20.0], [400.0, 0.0, 0.0]])).tolist()  # right lobe of the liver, outside
+    >>> patient.labels(np.array([[70.0, 0.0, 20.0], [400.0, 0.0, 0.0]])).tolist()  # right lobe of the liver, outside
     [1, 0]
     """
 
@@ -164,8 +164,8 @@ class Patient:
         return tubes
 
     def bent(self, points: np.ndarray) -> np.ndarray:
-        """Points (P, 3) in mm in the coordinates in which the organs are plain shapes."""
-        p = np.asarray(points, np.float32) / self.scale
+        """Points (P, 3) in mm in the coordinates in which the organs are plain shapes, the patient's right at negative x."""
+        p = np.asarray(points, np.float32) * np.array([-1, 1, 1], np.float32) / self.scale
         return p + np.sin(p @ self.wave_vector.T + self.wave_phase) @ self.wave_push
 
     def tissue(self, points: np.ndarray) -> np.ndarray:

@@ -72,7 +72,6 @@ class CTPatient(Patient):
 
     def tissue(self, points: np.ndarray) -> np.ndarray:
         """Tissue index (order of ``CT_TISSUES``) at points (P, 3) in mm."""
-        points = np.asarray(points, np.float32) * np.array([-1, 1, 1], np.float32)  # the MRI phantom's liver is at -x
         out = super().tissue(points)
         p = self.bent(points)
         for name in ("cortex", "medulla"):
