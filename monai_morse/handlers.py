@@ -89,15 +89,14 @@ class RenderSchedule:
 
 class CoarsePrediction:
     """Leaves the coarse logits as the trainer's ``pred`` once the loss has had the points, so that what follows an iteration
-        (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
+    (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
 
-        >>> from monai_morse.networks import Morse, MorseOutput
-    from monai_morse.pictures import boundary_picture
-        >>> engine = Engine(lambda engine, batch: None)
-        >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
-        >>> CoarsePrediction()(engine)
-        >>> engine.state.output["pred"].shape
-        torch.Size([1, 2, 4, 4])
+    >>> from monai_morse.networks import MorseOutput
+    >>> engine = Engine(lambda engine, batch: None)
+    >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
+    >>> CoarsePrediction()(engine)
+    >>> engine.state.output["pred"].shape
+    torch.Size([1, 2, 4, 4])
     """
 
     def attach(self, engine: Engine) -> None:

@@ -198,7 +198,7 @@ def test_without_data_it_runs_on_a_phantom_of_its_own(tmp_path, monkeypatch, cap
     monkeypatch.setattr(monai_morse.data, "phantom_mpmri", lambda out: phantom_mpmri(out, patients=2))
     words = {"bundle_root": str(tmp_path), "backbone": "unet3d", "spacing": [8.0, 8.0, 8.0], "num_folds": 2}
     run_here("train", ["train"], **words)
-    assert "taking a phantom, synthetic scans" in caplog.text
+    assert "taking synthetic scans, a phantom" in caplog.text
     assert (tmp_path / "data/phantom/dataset.json").is_file() and (tmp_path / "models/model.pt").is_file()
 
 

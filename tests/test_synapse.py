@@ -240,7 +240,7 @@ def test_without_h5py_one_is_told_what_to_install(raw, tmp_path, monkeypatch):
 
 def test_the_default_data_are_a_phantom_written_once_and_said_to_be_one(tmp_path, caplog):
     folder = synapse_phantom(tmp_path / "data/phantom", spacing=(12.0, 12.0, 12.0))
-    assert "writing a synthetic phantom" in caplog.text
+    assert "taking synthetic scans, a phantom" in caplog.text
     assert [len(msd_cases(folder, s)) for s in ("train", "test")] == [3, 2]
     assert list((tmp_path / "data").iterdir()) == [tmp_path / "data/phantom"]
     before = (tmp_path / "data/phantom/dataset.json").stat().st_mtime_ns
