@@ -261,17 +261,9 @@ def test_training_and_inference_build_the_same_network():
     assert train["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
     assert evaluate["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
     assert evaluate["validate"]["inferer"]["inferer"]["scale"] == inference["inferer"]["inferer"]["scale"] == "@render_scale"
-    system = (
-        "experts",
-        "renderer",
-        "num_experts",
-        "width",
-        "coarse",
-        "coordinates",
-        "stride",
-        "image_patch",
-    )  # alpha matters in training alone
-    for name in (*system, "in_channels", "spacing", "patch_size"):
+    system = ("backbone", "backbones", "experts", "renderer", "num_experts", "width", "coarse", "coordinates", "stride")
+    # alpha matters in training alone
+    for name in (*system, "image_patch", "in_channels", "spacing", "patch_size"):
         assert train[name] == inference[name], name
     assert inference["num_classes"] == len(train["class_names"]) + 1
 
