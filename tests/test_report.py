@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy.stats import wilcoxon
 
 from monai_morse import InputError
@@ -191,3 +192,10 @@ def test_bad_input_is_told(tmp_path, sweep):
     (tmp_path / "b00" / "run.json").write_text("{")
     with pytest.raises(InputError, match="b00/run.json cannot be read"):
         report(tmp_path)
+
+
+@pytest.mark.parametrize("page, runs", [("sweep.md", "liver_phantom")])
+def test_a_published_table_is_what_its_committed_runs_give(page, runs, tmp_path):
+    text = report(ROOT / "docs" / "results" / runs, tmp_path)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) > 3 and "\n".join(table) in (ROOT / "docs" / page).read_text()
