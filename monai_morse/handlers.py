@@ -524,7 +524,7 @@ class CasePictures:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def _look_inside(self, engine: Engine) -> None:
-        network = getattr(engine.network, "module", engine.network)  # out of DistributedDataParallel
+        network = _bare(engine.network)
         if not isinstance(network, Morse):
             raise InputError(f"pictures need a Morse network, this is a {type(network).__name__}; leave them out")
         image = engine.state.output["image"]
