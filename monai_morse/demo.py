@@ -22,7 +22,7 @@ from monai.inferers import SlidingWindowInferer
 from monai_morse.data import ToScanGridd, msd_cases, msd_class_names, scan_name, usable_cases, write_phantom, written_whole
 from monai_morse.data.cases import read_listing
 from monai_morse.errors import InputError
-from monai_morse.handlers import mean_of
+from monai_morse.handlers.evaluation import mean_of
 from monai_morse.pictures import boundary_picture
 
 __all__ = ["run_demo"]

@@ -15,7 +15,7 @@ from monai.handlers import MeanDice
 from monai.inferers import SliceInferer, SlidingWindowInferer
 from monai.transforms import Activationsd, AsDiscreted, Compose
 
-from monai_morse import InputError, Morse, MorseLoss, handlers
+from monai_morse import InputError, Morse, MorseLoss
 from monai_morse.data import ToScanGridd
 from monai_morse.engines import AutocastInferer, CoordinatesInferer, FineGridInferer
 from monai_morse.handlers import (
@@ -27,6 +27,7 @@ from monai_morse.handlers import (
     RenderSchedule,
     TrainingState,
     WeightsLoader,
+    evaluation,
 )
 from monai_morse.losses import render_weight
 from monai_morse.pictures import boundary_picture
@@ -347,7 +348,7 @@ def evaluator(network, inferer, scan, *val_handlers):
 @pytest.mark.parametrize("dims, scale", [(3, 1), (3, 2), (2, 1)])
 def test_pictures_show_coarse_and_rendered_maps_on_the_scans_grid(dims, scale, renderer, tmp_path, monkeypatch):
     scan, drawn = (16, 24, 12), []
-    monkeypatch.setattr(handlers, "boundary_picture", lambda *args: drawn.append(args) or boundary_picture(*args))
+    monkeypatch.setattr(evaluation, "boundary_picture", lambda *args: drawn.append(args) or boundary_picture(*args))
     network = Morse(TINY["DynUNet"](dims, 3), "none", renderer, **{**SMALL, "points": {"num_eval": 10}})
     if dims == 2:
         inferer = SliceInferer(roi_size=(16, 24), spatial_dim=2, sw_batch_size=4)

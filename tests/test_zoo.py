@@ -27,8 +27,9 @@ from monai.bundle import (
 from monai.data import MetaTensor, load_net_with_metadata
 from monai.transforms import Compose, SaveImaged
 
-from monai_morse import Morse, handlers
+from monai_morse import Morse
 from monai_morse.data import msd_cases
+from monai_morse.handlers import training
 
 BUNDLE = ROOT / "bundles" / "hippocampus_mri_morse"
 CONFIGS, WEIGHTS = BUNDLE / "configs", BUNDLE / "models" / "model.pt"
@@ -226,9 +227,9 @@ def test_two_processes_train_and_evaluate_as_one_network(random_scans, tmp_path)
 def test_processes_draw_other_random_numbers(monkeypatch):
     drawn = []
     for rank in (0, 1):
-        monkeypatch.setattr(handlers.idist, "get_rank", lambda rank=rank: rank)
-        engine = handlers.Engine(lambda engine, batch: drawn.append(torch.rand(4)))
-        handlers.EpochSeed(0).attach(engine)
+        monkeypatch.setattr(training.idist, "get_rank", lambda rank=rank: rank)
+        engine = training.Engine(lambda engine, batch: drawn.append(torch.rand(4)))
+        training.EpochSeed(0).attach(engine)
         engine.run([0], max_epochs=1)
     assert not torch.isclose(*drawn).any()
 

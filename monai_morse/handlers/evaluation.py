@@ -1,0 +1,232 @@
+"""What an evaluator tells: figures a class and a case, and pictures."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import decollate_batch
+from monai.engines.utils import IterationEvents
+from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
+from monai.networks.utils import eval_mode
+
+from monai_morse.data import ToScanGridd, scan_name, written_whole
+from monai_morse.errors import InputError
+from monai_morse.metrics import PaperFigures, paper_figures
+from monai_morse.networks import Morse
+from monai_morse.pictures import boundary_picture
+
+from .checkpoints import bare
+
+__all__ = ["CasePictures", "CaseReport", "ClassMetrics", "mean_of"]
+
+logger = logging.getLogger(__name__)
+
+
+class ClassMetrics:
+    """Adds each class's mean of a metric to ``engine.state.metrics`` as ``NAME_CLASS``, for logs and TensorBoard.
+
+    Args:
+        metric: name of a metric that was computed with ``save_details=True`` (the default of MONAI's handlers).
+        class_names: of the foreground classes, in label order.
+    """
+
+    def __init__(self, metric: str, class_names: Sequence[str]) -> None:
+        self.metric = metric
+        self.class_names = list(class_names)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        means = engine.state.metric_details[self.metric].nanmean(dim=0)
+        for name, mean in zip(self.class_names, means, strict=True):
+            engine.state.metrics[f"{self.metric}_{name}"] = float(mean)
+
+
+def mean_of(values: Sequence[float], digits: int) -> str:
+    """Mean of the finite values, saying how many they are where that is not all.
+
+    >>> mean_of([1.0, 2.0], 1), mean_of([1.0, math.nan], 1), mean_of([math.nan], 1)
+    ('1.5', '1.0 (1 of 2)', '-')
+    """
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return "-"
+    mean = f"{sum(finite) / len(finite):.{digits}f}"
+    return mean if len(finite) == len(values) else f"{mean} ({len(finite)} of {len(values)})"
+
+
+def _case_name(output: Mapping[str, Any], label: Any) -> str:
+    """The image's name: phases of one patient share a label."""
+    return scan_name(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
+
+
+class CaseReport:
+    """Writes one CSV row a case and class: Dice, Jaccard, 95HD and ASD on the label's own grid in two definitions, and seconds.
+
+    MONAI's, in mm: 95HD is the larger of the two directions' 95th percentiles, ASD the symmetric average. Where only the
+    prediction or only the label is empty, Dice and Jaccard are 0 and the distances, which do not exist, are left blank; where
+    both are, all are. The paper's, in voxels, with its rule for empty masks: :func:`monai_morse.metrics.paper_figures`.
+
+    Expects one-hot ``pred`` and ``label`` in the engine's output. Each case is written when it is done (those of other
+    processes at the end); the means are logged at the end, with how many cases they are of where that is not all.
+
+    Args:
+        path: the CSV file.
+        class_names: of the foreground classes, in label order.
+        label_key: key of the label in the engine's output; default "label".
+
+    The CSV has the columns case, class, dice, jaccard, hd95_mm, asd_mm, paper_dice, paper_jaccard, paper_hd95, paper_asd and
+    seconds (of inference, the same for each class).
+    """
+
+    FIGURES = ("dice", "jaccard", "hd95_mm", "asd_mm")
+    PAPER_FIGURES = tuple(f"paper_{name}" for name in PaperFigures._fields)
+
+    def __init__(self, path: str, class_names: Sequence[str], label_key: str = "label") -> None:
+        self.path = Path(path)
+        self.class_names = list(class_names)
+        self.label_key = label_key
+        self.rows: list[dict[str, Any]] = []
+        self.started = 0.0
+        self.seconds = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda engine: self.rows.clear())
+        engine.add_event_handler(Events.ITERATION_STARTED, self._start_clock)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop_clock)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.COMPLETED, self._gather)
+        engine.add_event_handler(Events.COMPLETED, self._log)
+
+    def _start_clock(self, engine: Engine) -> None:
+        self.started = time.perf_counter()
+
+    def _stop_clock(self, engine: Engine) -> None:
+        self.seconds = time.perf_counter() - self.started
+
+    def _add(self, engine: Engine) -> None:
+        outputs = engine.state.output
+        outputs = outputs if isinstance(outputs, list) else decollate_batch(outputs)
+        for output in outputs:
+            label = output[self.label_key]
+            spacing = label.pixdim.tolist() if hasattr(label, "pixdim") else 1.0
+            name = _case_name(output, label)
+            pred, truth = (torch.as_tensor(output[k]).as_subclass(torch.Tensor)[None] for k in ("pred", self.label_key))
+            figures = (
+                compute_dice(pred, truth, include_background=False, ignore_empty=False),
+                compute_iou(pred, truth, include_background=False, ignore_empty=False),
+                compute_hausdorff_distance(pred, truth, percentile=95, spacing=spacing),
+                compute_average_surface_distance(pred, truth, symmetric=True, spacing=spacing),
+            )
+            exists = (pred + truth)[0, 1:].flatten(1).any(1)
+            for c, class_name in enumerate(self.class_names):
+                row: dict[str, Any] = {"case": name, "class": class_name}
+                row.update({f: float(v[0, c]) if exists[c] else math.nan for f, v in zip(self.FIGURES, figures)})
+                paper = paper_figures(pred[0, c + 1].cpu().numpy(), truth[0, c + 1].cpu().numpy())
+                row.update(zip(self.PAPER_FIGURES, paper))
+                row["seconds"] = self.seconds / len(outputs)
+                self.rows.append(row)
+
+        self._write()
+
+    @idist.one_rank_only()
+    def _write(self) -> None:
+        with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, *self.PAPER_FIGURES, "seconds"])
+            writer.writeheader()
+            for row in self.rows:
+                writer.writerow({k: self._cell(v) for k, v in row.items()})
+
+    def _gather(self, engine: Engine) -> None:
+        """The other processes' rows too, in the order of the cases, which a ``DistributedSampler`` deals out in turn."""
+        if idist.get_world_size() == 1:
+            return
+        parts: list[list[dict[str, Any]]] = [[] for _ in range(idist.get_world_size())]
+        torch.distributed.all_gather_object(parts, self.rows)
+        n = len(self.class_names)
+        dealt = zip_longest(*([part[i : i + n] for i in range(0, len(part), n)] for part in parts), fillvalue=[])
+        self.rows = [row for turn in dealt for case in turn for row in case]
+        self._write()
+
+    @idist.one_rank_only()
+    def _log(self, engine: Engine) -> None:
+        for class_name in self.class_names:
+            rows = [r for r in self.rows if r["class"] == class_name]
+            means = [f"{figure} {mean_of([r[figure] for r in rows], 4)}" for figure in self.FIGURES + self.PAPER_FIGURES]
+            logger.info("%s: %s", class_name, ", ".join(means))
+        logger.info("figures of %d cases in %s", len(self.rows) // len(self.class_names), self.path)
+
+    @staticmethod
+    def _cell(value: Any) -> Any:
+        if isinstance(value, float):
+            return f"{value:.6f}" if math.isfinite(value) else ""
+        return value
+
+
+class CasePictures:
+    """A PNG a case: slices with the truth, the coarse map, the rendered prediction and the re-rendered voxels.
+
+    It asks the engine's inferer for the coarse map and the voxels as well, so an evaluation takes three times as long: attach
+    it after :class:`CaseReport`, whose seconds are then the prediction's alone. Expects one-hot ``pred`` and ``label`` of 3D
+    scans, on the scan's own grid, in the engine's output. Drawn by :func:`monai_morse.pictures.boundary_picture`.
+
+    Args:
+        folder: where to write ``CASE.png``.
+        slices: of a case; default 3.
+        label_key: key of the label in the engine's output; default "label".
+
+    Raises:
+        InputError: when the engine's network is not :class:`monai_morse.Morse`.
+    """
+
+    def __init__(self, folder: str, slices: int = 3, label_key: str = "label") -> None:
+        self.folder = Path(folder)
+        self.slices = slices
+        self.label_key = label_key
+        self.to_scan = ToScanGridd(["image", "coarse", "points"])
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._look_inside)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _look_inside(self, engine: Engine) -> None:
+        network = bare(engine.network)
+        if not isinstance(network, Morse):
+            raise InputError(f"pictures need a Morse network, this is a {type(network).__name__}; leave them out")
+        image = engine.state.output["image"]
+        with eval_mode(network):  # what the engine decollates with the prediction
+            engine.state.output["coarse"] = engine.inferer(image, network.coarse).softmax(1)
+            engine.state.output["points"] = engine.inferer(image, network.rendered_voxels)
+
+    def __call__(self, engine: Engine) -> None:
+        for output in engine.state.output:
+            seen: dict[Any, Any] = {key: output[key] for key in ("image", "coarse")}
+            shown = self.to_scan(seen | {"points": (output["points"] > 0).float()})
+            label = output[self.label_key]
+            maps = {"coarse": shown["coarse"], "refined": output["pred"]}
+            boundary_picture(
+                self.folder / f"{_case_name(output, label)}.png",
+                _array(shown["image"][0]),
+                _array(label.argmax(0)),
+                {name: _array(logits.argmax(0)) for name, logits in maps.items()},
+                _array(shown["points"][0]) > 0.1,  # of a grid twice as fine, one voxel is an eighth
+                _case_name(output, label),
+                self.slices,
+                getattr(label, "pixdim", torch.ones(3)).tolist(),
+            )
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    return torch.as_tensor(x).as_subclass(torch.Tensor).cpu().numpy()

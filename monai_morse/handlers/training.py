@@ -1,0 +1,107 @@
+"""What a trainer does at each iteration and epoch: lambda_t, repeatable random numbers, the prediction that it leaves."""
+
+from __future__ import annotations
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+from monai.transforms import Randomizable
+from monai.utils import set_determinism
+
+from monai_morse.errors import InputError
+from monai_morse.losses import MorseLoss, render_weight
+from monai_morse.networks import MorseOutput
+
+__all__ = ["CoarsePrediction", "EpochSeed", "RenderSchedule"]
+
+
+class RenderSchedule:
+    """Sets ``loss.weight`` to lambda_t before each iteration t; T is the trainer's ``max_epochs * epoch_length``.
+
+    It depends on the trainer's iteration alone, so it survives a resumed training.
+
+    Args:
+        loss: the trainer's loss.
+        schedule: ``"ramp"`` (equation 4, default), ``"half"`` or ``"scratch"``.
+        lambda_rend: default 0.1.
+
+    >>> from ignite.engine import Engine
+    >>> loss, seen = MorseLoss(), []
+    >>> trainer = Engine(lambda engine, batch: seen.append(loss.weight))
+    >>> RenderSchedule(loss).attach(trainer)
+    >>> _ = trainer.run([0, 0], max_epochs=2)
+    >>> seen
+    [0.0, 0.0, 0.025, 0.05]
+    """
+
+    def __init__(self, loss: MorseLoss, schedule: str = "ramp", lambda_rend: float = 0.1) -> None:
+        render_weight(0, 1, schedule)  # an unknown word is an error now, not at the first iteration
+        self.loss = loss
+        self.schedule = schedule
+        self.lambda_rend = lambda_rend
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self.loss.weight = render_weight(engine.state.iteration, total, self.schedule, self.lambda_rend)
+
+
+class CoarsePrediction:
+    """Leaves the coarse logits as the trainer's ``pred`` once the loss has had the points, so that what follows an iteration
+    (decollation, postprocessing, training metrics) gets what it would get from the bare backbone.
+
+    >>> from monai_morse.networks import MorseOutput
+    >>> engine = Engine(lambda engine, batch: None)
+    >>> engine.state.output = {"pred": MorseOutput(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 3), torch.zeros(1, 3))}
+    >>> CoarsePrediction()(engine)
+    >>> engine.state.output["pred"].shape
+    torch.Size([1, 2, 4, 4])
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        pred = engine.state.output["pred"]
+        engine.state.output["pred"] = pred.coarse if isinstance(pred, MorseOutput) else pred
+
+
+class EpochSeed:
+    """Seeds every source of randomness from the pair (seed, epoch) when an epoch starts.
+
+    In a distributed run, all processes but the first from (seed, epoch, rank): processes that augment, and drop experts, alike
+    would waste the average of their gradients. An epoch then depends on the weights and optimizer it starts from and on
+    nothing else, so that a killed training, resumed from the last epoch's checkpoint, ends with the weights of one that was not
+    killed (on the same machine, CPU).
+
+    Args:
+        seed: default 0.
+        transform: the training data's random transform.
+
+    Raises:
+        InputError: when the seed is no integer from 0 on.
+    """
+
+    def __init__(self, seed: int = 0, transform: Randomizable | None = None) -> None:
+        if not isinstance(seed, int) or seed < 0:
+            raise InputError(f"seed must be an integer from 0 on, got {seed!r}")
+        self.seed = seed
+        self.transform = transform
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        # a hash, not a sum: epochs of seeds 0, 1, 2, .. would share their numbers
+        numbers = [self.seed, engine.state.epoch, idist.get_rank()]
+        seed = int(np.random.SeedSequence(numbers if numbers[2] else numbers[:2]).generate_state(1)[0])
+        # the algorithms stay as the user chose them: only the seeds are set
+        flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+        set_determinism(seed)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
+        if self.transform is not None:
+            self.transform.set_random_state(seed)
