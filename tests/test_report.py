@@ -194,7 +194,9 @@ def test_bad_input_is_told(tmp_path, sweep):
         report(tmp_path)
 
 
-@pytest.mark.parametrize("page, runs", [("sweep.md", "liver_phantom")])
+@pytest.mark.parametrize(
+    "page, runs", [("sweep.md", "liver_phantom"), ("results.md", "liver_phantom"), ("results.md", "hippocampus_2mm")]
+)
 def test_a_published_table_is_what_its_committed_runs_give(page, runs, tmp_path):
     text = report(ROOT / "docs" / "results" / runs, tmp_path)
     table = [line for line in text.splitlines() if line.startswith("|")]
