@@ -131,7 +131,8 @@ def msd_cases(
     ]
 
 
-def _load(path: str) -> tuple[Any, np.ndarray]:
+def load_scan(path: str) -> tuple[Any, np.ndarray]:
+    """A scan, NIfTI or DICOM series, and its voxels as stored; an :class:`InputError` where there are none to read."""
     if not is_dicom_scan(path) and not Path(path).is_file():
         raise InputError("the file does not exist")
     try:
@@ -184,14 +185,14 @@ def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1
     """
     path = case["image"]
     try:
-        image, voxels = _load(path)
+        image, voxels = load_scan(path)
         fault = voxel_fault(voxels, in_channels)
         if fault:
             return f"{path}: {fault}"
         if "label" not in case:
             return None
         path = case["label"]
-        label, classes = _load(path)
+        label, classes = load_scan(path)
     except InputError as error:
         return f"{path}: {error}; restore the file or remove the case from dataset.json"
     misfit = grid_misfit(label, image)

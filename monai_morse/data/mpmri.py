@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from monai_morse.errors import InputError, one_of
 
-from .cases import claim_folder, grid_misfit, voxel_fault, write_listing
-from .dicom import dicom_scans, read_scan, reoriented
+from .cases import claim_folder, grid_misfit, load_scan, voxel_fault, write_listing
+from .dicom import dicom_scans, reoriented
 from .files import scan_name, written_whole
 from .phantom import PHASES, phantom_at, write_phantom
 
@@ -149,12 +149,9 @@ def _layout(files: Sequence[str], pattern: str | None, label_pattern: str | None
 
 def _loaded(path: str) -> tuple[Any, np.ndarray]:
     try:
-        image = read_scan(path)
-        return image, np.asanyarray(image.dataobj)
+        return load_scan(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except Exception as error:  # nibabel, zlib, gzip and ITK each have their own
-        raise InputError(f"{path}: cannot be read, truncated or damaged ({type(error).__name__}: {error})") from error
 
 
 def _scan(path: str) -> Any:

@@ -178,7 +178,7 @@ class Morse(nn.Module):
                 self.classifier = PointwiseMLP(channels[0], [num_classes], last_activation=False)
         if renderer != "none":
             context = sum(f.channels for f in self.decoder.info)
-            patch = self.decoder.in_channels * image_patch**spatial_dims if image_patch else 0
+            patch = self.decoder.in_channels * image_patch**spatial_dims
             sizes = sum(channels) + patch, num_classes, spatial_dims, context
             self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
         self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
