@@ -218,13 +218,23 @@ def sample_patch(x: Tensor, coordinates: Tensor, side: int) -> Tensor:
     >>> sample_patch(torch.arange(5.0).reshape(1, 1, 1, 5), torch.tensor([[[0.0, 0.0]]]), 3)[0, :, 0]
     tensor([1., 2., 3., 1., 2., 3., 1., 2., 3.])
     """
-    places = coordinates.unsqueeze(1)
-    for axis in range(coordinates.shape[2] - 1, -1, -1):  # the last axis's voxels side by side
-        step = torch.zeros_like(coordinates[:, None])
-        step[..., axis] = 2.0 / x.shape[2 + axis]
-        places = torch.cat([places + k * step for k in range(-(side // 2), side // 2 + 1)], dim=1)
-    sampled = sample_linear(x, places.flatten(1, 2))
-    return sampled.reshape(x.shape[0], -1, coordinates.shape[1])
+    coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
+    offsets = torch.arange(-(side // 2), side // 2 + 2, device=x.device)[:, None]
+    index = torch.zeros_like(coordinates[:, None, :, 0], dtype=torch.long)
+    fractions: List[Tensor] = []
+    for axis in range(coordinates.shape[2]):  # the block of side + 1 voxels that the interpolations share
+        length = x.shape[2 + axis]
+        position = ((coordinates[:, None, :, axis] + 1) * length - 1) / 2
+        low = position.floor()
+        fractions.append(position - low)
+        voxels = (low.long() + offsets).clamp(0, length - 1)
+        index = (index.unsqueeze(2) * length + voxels.unsqueeze(1)).flatten(1, 2)
+    block = gather_points(x, index.flatten(1)).reshape(x.shape[0], -1, coordinates.shape[1])
+    for fraction in fractions:  # always the first axis, whose result goes to the back
+        block = block.reshape(x.shape[0], x.shape[1], side + 1, -1, coordinates.shape[1])
+        block = torch.lerp(block[:, :, :-1], block[:, :, 1:], fraction.unsqueeze(1).unsqueeze(1).to(block.dtype))
+        block = block.transpose(2, 3)
+    return block.reshape(x.shape[0], -1, coordinates.shape[1])
 
 
 def corners(coordinates: Tensor, size: List[int]) -> Tuple[Tensor, Tensor]:
