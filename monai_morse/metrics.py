@@ -1,8 +1,8 @@
-"""The paper's four figures, as its released evaluation computes them with medpy.
+"""The paper's four figures, as its released evaluation computes them with medpy, and distances to a boundary.
 
-They differ from MONAI's (:class:`monai_morse.handlers.CaseReport` has both) in three ways. Distances are in voxels. 95HD is the
-95th percentile of both directions' surface distances *together*; MONAI's is the larger of the two directions' percentiles. ASD
-is directed, the mean distance of the prediction's surface to the truth's; MONAI's here is symmetric.
+The figures differ from MONAI's (:class:`monai_morse.handlers.CaseReport` has both) in three ways. Distances are in voxels. 95HD
+is the 95th percentile of both directions' surface distances *together*; MONAI's is the larger of the two directions'
+percentiles. ASD is directed, the mean distance of the prediction's surface to the truth's; MONAI's here is symmetric.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import binary_erosion, find_objects
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 from scipy.spatial import KDTree
 
 from monai_morse.errors import InputError
 
-__all__ = ["PaperFigures", "paper_figures"]
+__all__ = ["PaperFigures", "boundary_distance", "paper_figures"]
 
 
 class PaperFigures(NamedTuple):
@@ -64,3 +64,21 @@ def paper_figures(pred: np.ndarray, truth: np.ndarray, spacing: float | Sequence
     to_truth, to_pred = KDTree(surfaces[1]).query(surfaces[0])[0], KDTree(surfaces[0]).query(surfaces[1])[0]
     hd95 = np.percentile(np.hstack((to_truth, to_pred)), 95)
     return PaperFigures(2 * both / (both + either), both / either, float(hd95), float(to_truth.mean()))
+
+
+def boundary_distance(labels: np.ndarray, spacing: float | Sequence[float] = 1.0) -> np.ndarray:
+    """Distance of every voxel to the nearest one of another label, centre to centre; infinite where there is one label alone.
+
+    Args:
+        labels: label map (*S). spacing: size of a voxel along each axis; default 1: distances in voxels.
+
+    >>> boundary_distance(np.array([0, 0, 0, 1, 1, 2]), 2.0)
+    array([6., 4., 2., 2., 2., 2.])
+    """
+    labels = np.asarray(labels)
+    found = np.full(labels.shape, np.inf)
+    for label in np.unique(labels):
+        inside = labels == label
+        if not inside.all():
+            found[inside] = distance_transform_edt(inside, spacing)[inside]
+    return found

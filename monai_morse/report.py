@@ -18,6 +18,7 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 from monai_morse.data import written_whole
+from monai_morse.diagnostics import boundary_errors, draw_curves
 from monai_morse.errors import InputError, one_of
 from monai_morse.sweep import read_run
 
@@ -304,6 +305,24 @@ def _ablation(name: str, title: str, rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
+def _boundary_table(title: str, rows: Sequence[Row]) -> list[Table]:
+    """Error rates by distance to the true boundary, coarse against rendered, of the rows whose runs counted them."""
+    found = {row.name: boundary_errors([run.folder for run in row.runs]) for row in rows}
+    found = {name: errors for name, errors in found.items() if errors}
+    if not found:
+        return []
+    edges = sorted({e for errors in found.values() for e in errors})
+    header = ["Method", "map"] + [f"{low:g} to {high:g} mm" if high < math.inf else f"> {low:g} mm" for low, high in edges]
+    cells = []
+    for name, errors in found.items():
+        same = all(coarse == rendered for _, coarse, rendered in errors.values())
+        for i, kind in ((2, "-"),) if same else ((1, "coarse"), (2, "rendered")):
+            cells.append([name, kind, *(f"{errors[e][i]:.2f}" if e in errors else "-" for e in edges)])
+    shares = next(iter(found.values()))
+    cells.append(["share of all voxels", "", *(f"{shares[e][0]:.2f}" if e in shares else "-" for e in edges)])
+    return [Table(f"{title}: wrong voxels in % by distance to the true boundary", header, cells)]
+
+
 def _long_form(bundle: str, backbone: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """All numbers of the tables and those that they leave out, a row a figure."""
     found = []
@@ -347,7 +366,7 @@ def _draw(path: Path, parts: dict[str, list[Row]]) -> None:
 
 
 def report(folder: Path, out: Path | None = None, metric: str = "paper") -> str:
-    """Make the tables; write ``report.{md,csv,tex,png}`` and return the Markdown.
+    """Make the tables; write ``report.{md,csv,tex,png}``, ``report_curves.png`` and return the Markdown.
 
     Args:
         folder: with runs at any depth.
@@ -369,6 +388,7 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper") -> str:
         title = ", ".join(filter(None, (bundle, backbone)))
         parts[title] = rows
         tables.append(_main_table(f"{title} (as the paper's tables 1 and 2; classes: DSC)", rows))
+        tables += _boundary_table(title, rows)
         tables += [t for name, words in ABLATIONS.items() for t in _ablation(name, f"{title}: {words}", rows)]
         lines += _long_form(bundle, backbone, rows)
 
@@ -388,4 +408,6 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper") -> str:
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
     _draw(out / "report.png", parts)
+    folders = {title: {row.name: [run.folder for run in row.runs] for row in rows} for title, rows in parts.items()}
+    draw_curves(out / "report_curves.png", folders)
     return text

@@ -1,7 +1,8 @@
 """``python -m monai_morse sweep``: every cell of a grid of options as a training and an evaluation of its own, run by Ray.
 
-A cell's folder holds ``run.json`` (what was run and how far it got), ``log.txt``, ``model.pt``, ``model_last.pt`` and
-``metrics.csv``; :mod:`monai_morse.report` makes tables of them. All paths are absolute: on a cluster, the nodes share them.
+A cell's folder holds ``run.json`` (what was run and how far it got), ``log.txt``, ``model.pt``, ``model_last.pt``,
+``curve.csv`` and ``metrics.csv``; :mod:`monai_morse.report` makes tables of them. All paths are absolute: on a cluster, the
+nodes share them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from monai_morse.data import written_whole
+from monai_morse.diagnostics import write_curve
 from monai_morse.errors import InputError, one_of
 from monai_morse.losses import SCHEDULES
 from monai_morse.networks.morse import EXPERTS, PRESETS, RENDERERS
@@ -215,6 +217,8 @@ def run_cell(folder: Path, record: dict[str, Any], commands: Sequence[list[str]]
                 # a failed evaluation does not train again: its weights are there
                 _write_run(folder, {**record, "status": "trained" if evaluates else "failed"})
                 return f"{'evaluation' if evaluates else 'training'} ended with exit code {process.returncode}"
+            if not evaluates:
+                write_curve(folder)
     _write_run(folder, {**record, "status": "done", "seconds": round(time.time() - started, 1)})
     return ""
 

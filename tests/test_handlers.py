@@ -20,6 +20,7 @@ from monai_morse.data import ToScanGridd
 from monai_morse.engines import AutocastInferer, CoordinatesInferer, FineGridInferer
 from monai_morse.handlers import (
     BestModel,
+    BoundaryErrors,
     CasePictures,
     CaseReport,
     ClassMetrics,
@@ -30,6 +31,7 @@ from monai_morse.handlers import (
     evaluation,
 )
 from monai_morse.losses import render_weight
+from monai_morse.metrics import boundary_distance
 from monai_morse.pictures import boundary_picture
 
 
@@ -372,9 +374,47 @@ def test_pictures_show_coarse_and_rendered_maps_on_the_scans_grid(dims, scale, r
         assert not (changed & ~near).any()
 
 
+@pytest.mark.parametrize("renderer", ["none", "anatomical"])
+def test_errors_are_counted_by_their_distance_to_the_boundary(renderer, tmp_path):
+    kept = []
+    network = Morse(TINY["DynUNet"](3, 3), "none", renderer, **{**SMALL, "points": {"num_eval": 400}})
+    windows = CoordinatesInferer(SlidingWindowInferer((16, 16, 16), overlap=0.25), "window")
+    engine = evaluator(network, windows, (16, 24, 12), BoundaryErrors(tmp_path / "b.csv", (0, 2, 3, 5, 100)))
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: kept.extend(engine.state.output))
+    engine.run()
+    with open(tmp_path / "b.csv") as file:
+        rows = list(csv.DictReader(file))
+    truth = kept[0]["label"].argmax(0).numpy()
+    rendered = kept[0]["pred"].argmax(0).numpy()
+    to_scan = ToScanGridd(["image", "coarse"])({k: kept[0][k] for k in ("image", "coarse")})["coarse"].argmax(0).numpy()
+    voxels = np.array(list(np.ndindex(truth.shape)))
+    spacing = np.array(kept[0]["label"].pixdim.tolist())
+    values = truth[tuple(voxels.T)]
+    expected = {}
+    for v in range(0, len(voxels), 7):  # a slow look at every seventh voxel
+        other = voxels[values != values[v]]
+        expected[tuple(voxels[v])] = np.sqrt((((other - voxels[v]) * spacing) ** 2).sum(1)).min()
+    distance = boundary_distance(truth, spacing)
+    for voxel, d in expected.items():
+        assert distance[voxel] == pytest.approx(d)
+    assert [(r["from_mm"], r["to_mm"]) for r in rows] == [("0", "2"), ("2", "3"), ("3", "5"), ("5", "100")]
+    for row in rows:
+        inside = (distance > float(row["from_mm"])) & (distance <= float(row["to_mm"]))
+        assert row["case"] == "scan_3" and int(row["voxels"]) == inside.sum()
+        assert int(row["rendered_wrong"]) == (inside & (rendered != truth)).sum()
+        assert int(row["coarse_wrong"]) == (inside & (to_scan != truth)).sum()
+    assert sum(int(r["voxels"]) for r in rows) == truth.size
+    changed = sum(int(r["rendered_wrong"]) != int(r["coarse_wrong"]) for r in rows)
+    assert (changed == 0) == (renderer == "none")
+
+
+def test_without_a_boundary_no_voxel_is_near_one():
+    assert np.isinf(boundary_distance(np.ones((3, 4)))).all()
+
+
 def test_pictures_of_another_network_are_an_error(tmp_path):
     engine = evaluator(torch.nn.Conv3d(1, 3, 1), SlidingWindowInferer((16, 16, 16)), (16, 24, 12), CasePictures(tmp_path))
-    with pytest.raises(InputError, match="pictures need a Morse network, this is a Conv3d"):
+    with pytest.raises(InputError, match="CasePictures needs a Morse network, this is a Conv3d"):
         engine.run()
 
 

@@ -12,6 +12,7 @@ from scipy.stats import wilcoxon
 
 from monai_morse import InputError
 from monai_morse.__main__ import main
+from monai_morse.diagnostics import read_curve, write_curve
 from monai_morse.report import paired_difference, read_runs, report, rows_of
 
 COLUMNS = ("dice", "jaccard", "hd95_mm", "asd_mm", "paper_dice", "paper_jaccard", "paper_hd95", "paper_asd")
@@ -179,6 +180,54 @@ def test_distances_that_do_not_exist_are_left_out(tmp_path):
     values = write_run(tmp_path / "a", np.random.default_rng(0), blank=True)
     found = statistics.mean(v["hd95_mm"] for v in values.values() if v["hd95_mm"] != "")
     assert cells(report(tmp_path, metric="monai"))["Baseline"]["95HD ↓"] == f"{found:.2f}"
+
+
+def test_errors_by_distance_are_of_all_voxels_of_a_rows_runs(sweep):
+    folder, _ = sweep
+    counts = {"m00": [(0, 1, 100, 40, 30), (1, "inf", 900, 9, 9)], "m01": [(0, 1, 300, 40, 10), (1, "inf", 700, 0, 0)]}
+    counts |= {"b00": [(0, 1, 200, 50, 50), (1, "inf", 800, 8, 8)]}
+    for name, rows in counts.items():
+        with open(folder / name / "boundary.csv", "w", newline="") as file:
+            csv.writer(file).writerows(
+                [("case", "from_mm", "to_mm", "voxels", "coarse_wrong", "rendered_wrong"), *(("c", *row) for row in rows)]
+            )
+    text = report(folder)
+    table = text.split("wrong voxels in % by distance to the true boundary**\n\n")[1].split("\n\n")[0].splitlines()
+    assert table[0] == "| Method | map | 0 to 1 mm | > 1 mm |"
+    assert table[2:] == [
+        "| Baseline | - | 25.00 | 1.00 |",
+        f"| + MORSE | coarse | {100 * 80 / 400:.2f} | {100 * 9 / 1600:.2f} |",
+        f"| + MORSE | rendered | {100 * 40 / 400:.2f} | {100 * 9 / 1600:.2f} |",
+        "| share of all voxels |  | 20.00 | 80.00 |",
+    ]
+
+
+def test_a_curve_is_read_from_the_trainings_events_and_drawn(sweep):
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder, _ = sweep
+    assert write_curve(folder / "b00") is None
+    report(folder)
+    assert not (folder / "report_curves.png").exists()
+    losses = np.random.default_rng(0).uniform(size=12)
+    for part in (range(1, 9), range(9, 13)):  # stopped after the second epoch, and resumed
+        with SummaryWriter(str(folder / "b00")) as writer:
+            for i in part:
+                writer.add_scalar("train_loss", losses[i - 1], i)
+                if i in (8, 12):
+                    writer.add_scalar("val_mean_dice", i / 100, i // 4)
+    path = write_curve(folder / "b00")
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    assert [r["iteration"] for r in rows] == ["4", "8", "12"] and [r["val_mean_dice"] for r in rows] == [
+        "",
+        "0.080000",
+        "0.120000",
+    ]
+    assert [float(r["train_loss"]) for r in rows] == pytest.approx(losses.reshape(3, 4).mean(1).tolist(), abs=1e-6)
+    assert read_curve(folder / "b00") == [(8, 0.08), (12, 0.12)] and read_curve(folder / "b01") == []
+    report(folder)
+    assert (folder / "report_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_bad_input_is_told(tmp_path, sweep):

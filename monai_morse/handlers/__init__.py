@@ -5,11 +5,12 @@ distributed run each process has its own, files are written by the first alone, 
 """
 
 from .checkpoints import BestModel, LastModel, TrainingState, WeightsLoader
-from .evaluation import CasePictures, CaseReport, ClassMetrics
+from .evaluation import BoundaryErrors, CasePictures, CaseReport, ClassMetrics
 from .training import CoarsePrediction, EpochSeed, RenderSchedule
 
 __all__ = [
     "BestModel",
+    "BoundaryErrors",
     "CasePictures",
     "CaseReport",
     "ClassMetrics",

@@ -1,4 +1,4 @@
-"""What an evaluator tells: figures a class and a case, and pictures."""
+"""What an evaluator tells: figures a class and a case, errors by their distance to the boundary, and pictures."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from monai.networks.utils import eval_mode
 
 from monai_morse.data import ToScanGridd, scan_name, written_whole
 from monai_morse.errors import InputError
-from monai_morse.metrics import PaperFigures, paper_figures
+from monai_morse.metrics import PaperFigures, boundary_distance, paper_figures
 from monai_morse.networks import Morse
 from monai_morse.pictures import boundary_picture
 
 from .checkpoints import bare
 
-__all__ = ["CasePictures", "CaseReport", "ClassMetrics", "mean_of"]
+__all__ = ["BoundaryErrors", "CasePictures", "CaseReport", "ClassMetrics", "mean_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,36 @@ class CaseReport:
         return value
 
 
-class CasePictures:
+class _LooksInside:
+    """Asks the engine's inferer for maps of a Morse network beside its prediction, and brings them to the scan's grid."""
+
+    asked: tuple[str, ...] = ("coarse",)
+
+    def __init__(self) -> None:
+        self.to_scan = ToScanGridd(["image", *self.asked])
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._look_inside)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def _look_inside(self, engine: Engine) -> None:
+        network, output = bare(engine.network), engine.state.output  # what the engine decollates with the prediction
+        if not isinstance(network, Morse):
+            raise InputError(f"{type(self).__name__} needs a Morse network, this is a {type(network).__name__}; leave it out")
+        with eval_mode(network):
+            if "coarse" not in output:
+                output["coarse"] = engine.inferer(output["image"], network.coarse).softmax(1)
+            if "points" in self.asked:
+                output["points"] = engine.inferer(output["image"], network.rendered_voxels)
+
+    def _shown(self, output: Mapping[str, Any]) -> dict[Any, Any]:
+        seen: dict[Any, Any] = {key: output[key] for key in ("image", *self.asked)}
+        if "points" in seen:
+            seen["points"] = (seen["points"] > 0).float()
+        return self.to_scan(seen)
+
+
+class CasePictures(_LooksInside):
     """A PNG a case: slices with the truth, the coarse map, the rendered prediction and the re-rendered voxels.
 
     It asks the engine's inferer for the coarse map and the voxels as well, so an evaluation takes three times as long: attach
@@ -191,30 +220,17 @@ class CasePictures:
         InputError: when the engine's network is not :class:`monai_morse.Morse`.
     """
 
+    asked = ("coarse", "points")
+
     def __init__(self, folder: str, slices: int = 3, label_key: str = "label") -> None:
+        super().__init__()
         self.folder = Path(folder)
         self.slices = slices
         self.label_key = label_key
-        self.to_scan = ToScanGridd(["image", "coarse", "points"])
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._look_inside)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-
-    def _look_inside(self, engine: Engine) -> None:
-        network = bare(engine.network)
-        if not isinstance(network, Morse):
-            raise InputError(f"pictures need a Morse network, this is a {type(network).__name__}; leave them out")
-        image = engine.state.output["image"]
-        with eval_mode(network):  # what the engine decollates with the prediction
-            engine.state.output["coarse"] = engine.inferer(image, network.coarse).softmax(1)
-            engine.state.output["points"] = engine.inferer(image, network.rendered_voxels)
 
     def __call__(self, engine: Engine) -> None:
         for output in engine.state.output:
-            seen: dict[Any, Any] = {key: output[key] for key in ("image", "coarse")}
-            shown = self.to_scan(seen | {"points": (output["points"] > 0).float()})
-            label = output[self.label_key]
+            shown, label = self._shown(output), output[self.label_key]
             maps = {"coarse": shown["coarse"], "refined": output["pred"]}
             boundary_picture(
                 self.folder / f"{_case_name(output, label)}.png",
@@ -226,6 +242,55 @@ class CasePictures:
                 self.slices,
                 getattr(label, "pixdim", torch.ones(3)).tolist(),
             )
+
+
+class BoundaryErrors(_LooksInside):
+    """Writes how many voxels the coarse and the rendered map get wrong, by distance to the true boundary.
+
+    One CSV row a case and bin of distances: case, from_mm, to_mm, voxels, coarse_wrong, rendered_wrong. A voxel's distance is
+    that to the nearest voxel of another label, centre to centre: at least one voxel's length. It asks the engine's inferer for
+    the coarse map as well, so an evaluation takes twice as long: attach it after :class:`CaseReport`. Expects one-hot ``pred``
+    and ``label`` on the scan's own grid in the engine's output. Each process of a distributed run writes for itself, the first
+    alone to ``path``.
+
+    Args:
+        path: the CSV file.
+        edges: of the bins, in mm, ``(from, to]``; default 0 to 1, to 2, to 3, to 5, to 8, to 12 and farther.
+        label_key: key of the label in the engine's output; default "label".
+
+    Raises:
+        InputError: when the engine's network is not :class:`monai_morse.Morse`.
+    """
+
+    COLUMNS = ("case", "from_mm", "to_mm", "voxels", "coarse_wrong", "rendered_wrong")
+
+    def __init__(self, path: str, edges: Sequence[float] = (0, 1, 2, 3, 5, 8, 12, math.inf), label_key: str = "label") -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.edges = list(edges)
+        self.label_key = label_key
+        self.rows: list[list[Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda engine: self.rows.clear())
+        super().attach(engine)
+
+    def __call__(self, engine: Engine) -> None:
+        for output in engine.state.output:
+            label = output[self.label_key]
+            truth = _array(label.argmax(0))
+            distance = boundary_distance(truth, getattr(label, "pixdim", torch.ones(truth.ndim)).tolist())
+            wrong = [_array(logits.argmax(0)) != truth for logits in (self._shown(output)["coarse"], output["pred"])]
+            for low, high in zip(self.edges, self.edges[1:]):
+                inside = (distance > low) & (distance <= high)
+                counts = [int(inside.sum()), *(int((w & inside).sum()) for w in wrong)]
+                self.rows.append([_case_name(output, label), low, high, *counts])
+        self._write()
+
+    @idist.one_rank_only()
+    def _write(self) -> None:
+        with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
+            csv.writer(file).writerows([self.COLUMNS, *self.rows])
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
