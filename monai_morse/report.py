@@ -36,7 +36,9 @@ SYSTEMS = {
 }
 REPEATS = ("fold", "seed")
 # what the baseline does not depend on
-REFINEMENT = ("num_experts", "width", "alpha", "coarse", "schedule", "lambda_rend", "coordinates", "image_patch", "preset")
+REFINEMENT = ("num_experts", "width", "alpha", "coarse", "schedule", "lambda_rend", "coordinates", "image_patch", "preset") + (
+    *(f"network_def#{name}" for name in ("mixture", "head", "points", "read_features")),
+)
 ABLATIONS = {"alpha": "Table 3, stochastic rate", "num_experts": "Table 3, N", "schedule": "Table 4, lambda_t"}
 
 FIGURES = ("DSC", "Jaccard", "95HD", "ASD")
@@ -187,6 +189,10 @@ def read_runs(folder: Path, metric: str = "paper") -> tuple[list[Run], list[str]
     return runs, others
 
 
+def _refines(name: str) -> bool:
+    return "#".join(name.split("#")[:2]) in REFINEMENT
+
+
 def _key(value: Any) -> str:
     return repr(value)
 
@@ -203,7 +209,7 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     left_out = []
     for run in runs:
         bare = SYSTEMS.get(run.system) == "Baseline"
-        extras = {n: run.settings.get(n) for n in differ if not (bare and n in REFINEMENT)}
+        extras = {n: run.settings.get(n) for n in differ if not (bare and _refines(n))}
         group = groups.setdefault((run.system, tuple((n, _key(v)) for n, v in extras.items())), [])
         same = next((r for r in group if r.repeat == run.repeat), None)
         if same is None:
@@ -219,9 +225,9 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     for (system, _), group in sorted(groups.items(), key=order):
         extras = {n: group[0].settings.get(n) for n in differ if group[0].settings.get(n) is not None}
         if system == ("none", "none"):
-            extras = {n: v for n, v in extras.items() if n not in REFINEMENT}
-        name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(f"{n} {v}" for n, v in extras.items())])
-        training = {n: _key(v) for n, v in extras.items() if n not in REFINEMENT}
+            extras = {n: v for n, v in extras.items() if not _refines(n)}
+        name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(f"{n.split('#')[-1]} {v}" for n, v in extras.items())])
+        training = {n: _key(v) for n, v in extras.items() if not _refines(n)}
         candidates = [g for (s, e), g in groups.items() if s == ("none", "none") and training.items() <= dict(e).items()]
         baseline = group if system == ("none", "none") else next(iter(candidates), [])
         rows.append(Row(name, extras, group, baseline))

@@ -154,7 +154,7 @@ def plan_sweep(bundle: Path, grid: Mapping[str, Any], out: Path, options: Mappin
             "bundle": bundle.name,
             "cell": values,
             "options": chosen,
-            "settings": {n: v for n, v in {**plain, **chosen}.items() if n in train_config and n not in OWN},
+            "settings": {n: v for n, v in {**plain, **chosen}.items() if n.split("#")[0] in train_config and n not in OWN},
             "versions": versions,
         }
         run = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]

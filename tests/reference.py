@@ -107,13 +107,19 @@ def mixture_by_hand(m, features, size, keep=None):
     # the gate reads experts of averaged features, upsampled where they are coarser than its grid
     averaged = [average_or_interpolate(d, [min(a, b) for a, b in zip(d.shape[1:], gate_size)]) for d in features]
     logits = np.concatenate([average_or_interpolate(expert(i, d), gate_size) for i, d in enumerate(averaged)])
-    convolutions = [] if m.gate is None else weights_of(m.gate)
     if m.gate is None:
         logits = np.zeros((1, *gate_size))
-    assert len(convolutions) in (0, 4)
-    for i, (kernel, bias) in enumerate(convolutions):
-        logits = convolve(logits, kernel, bias)
-        logits = np.maximum(logits, 0) if i < 3 else logits
+    layers = list(m.gate or [])
+    assert sum(hasattr(layer, "kernel_size") for layer in layers) in (0, 4)
+    for layer in layers:
+        if isinstance(layer, nn.ReLU):
+            logits = np.maximum(logits, 0)
+        elif hasattr(layer, "kernel_size"):
+            logits = convolve(logits, layer.weight.detach().numpy(), layer.bias.detach().numpy())
+        else:
+            normal = (logits - logits.mean()) / math.sqrt(((logits - logits.mean()) ** 2).mean() + 1e-5)
+            for c, (scale, shift) in enumerate(zip(layer.weight.tolist(), layer.bias.tolist())):
+                logits[c] = normal[c] * scale + shift
 
     def at(place):
         w = softmax(value_at(logits, place))
@@ -176,12 +182,11 @@ def morse_by_hand(net, x, b, placement=None):
     context = np.concatenate([[channel.mean() for channel in f] for f in features])
 
     def render(place):
-        if net.mixture is not None:
-            feature = mixture(place)[0]
-        else:
-            feature = np.concatenate([value_at(f, place) for f in features])
+        read = [] if net.mixture is None else [mixture(place)[0]]
+        if net.mixture is None or net.read_features:
+            read += [value_at(f, place) for f in features]
         encoded = place if placement is None else moved(placement[b], place)
-        return head_by_hand(net.renderer, feature, encoded, value_at(coarse, place), context)
+        return head_by_hand(net.renderer, np.concatenate(read), encoded, value_at(coarse, place), context)
 
     return coarse, render
 

@@ -45,10 +45,10 @@ FEATURES = [  # batch, channels of D_1..D_N, their sizes, the input's size
 ]
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("stride, norm", [(1, False), (2, False), (3, False), (1, True), (2, True)])
 @pytest.mark.parametrize("batch, channels, sizes, size", FEATURES)
-def test_mixture_is_equations_1_and_2(batch, channels, sizes, size, stride):
-    m = randomised(Mixture(channels, len(size), width=3, gate_stride=stride))
+def test_mixture_is_equations_1_and_2(batch, channels, sizes, size, stride, norm):
+    m = randomised(Mixture(channels, len(size), width=3, gate_stride=stride, gate_norm=norm))
     features = [torch.randn(batch, c, *s, dtype=torch.float64) for c, s in zip(channels, sizes)]
     places = torch.rand(batch, 4, len(size), dtype=torch.float64) * 2.2 - 1.1
     with torch.no_grad():
@@ -172,9 +172,8 @@ def affine_maps(batch, dims):
 def test_prediction_is_the_coarse_map_with_its_most_uncertain_voxels_rendered(
     batch, classes, size, channels, strides, experts, coarse, renderer
 ):
-    net = pyramid_morse(
-        len(size), classes, channels, strides, gate_stride=1 + batch % 2, experts=experts, coarse=coarse, renderer=renderer
-    )
+    words = {"experts": experts, "coarse": coarse, "renderer": renderer, "read_features": batch > 1}
+    net = pyramid_morse(len(size), classes, channels, strides, gate_stride=1 + batch % 2, **words)
     x = torch.randn(batch, 1, *size, dtype=torch.float64)
     with torch.no_grad():
         got = net(x).numpy()

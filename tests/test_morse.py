@@ -248,6 +248,42 @@ def test_bad_options_are_errors(options, message):
         morse(**options)
 
 
+@pytest.mark.parametrize("options, most", [({}, 60), ({"oversample": 3}, 384)])
+def test_training_points_are_as_uncertain_as_those_rendered_at_inference(options, most):
+    """Of 1536 voxels 60 are rendered: training draws its uncertain points from those, with the paper's k_p from a quarter."""
+    points = {"num_train": 40, "num_eval": 60, **options}
+    net = morse(experts="none", points=points).eval()
+    x = image(2, batch=1)
+    with torch.no_grad():
+        score = P.uncertainty(net.coarse(x))[0]
+        ranks = torch.empty(score.numel(), dtype=torch.long)
+        ranks[score.argsort(descending=True)] = torch.arange(score.numel())
+        drawn = torch.cat([ranks[net(x, return_points=True).point_index[0, :30]] for _ in range(200)])
+    assert drawn.float().mean() == pytest.approx(most / 2, rel=0.05)
+    assert (drawn < 1.2 * most).float().mean() > 0.8
+
+
+def test_a_window_that_is_rendered_whole_draws_points_anywhere():
+    net = morse(experts="none", points={"num_train": 100, "num_eval": 5000})
+    assert net(image(2), return_points=True).point_index.shape == (2, 100)
+
+
+@pytest.mark.parametrize("preset", ["light", "paper"])
+def test_the_renderer_reads_the_decoder_features_beside_x_out(preset):
+    """Another mixture, the same features: with both the light preset's points change, without x_out nothing would."""
+    net = morse(preset=preset, coarse="backbone", head={"width": 8, "num_frequencies": 4, "residual": False}).eval()
+    channels = sum(f.channels for f in net.decoder.info)
+    assert net.renderer.mlp.layers[0].in_channels == 2 * 4 + net.mixture.out_channels + (channels if preset == "light" else 0)
+    x, places = image(2, batch=1), torch.rand(1, 5, 2)
+    with torch.no_grad():
+        before = net.render_at(x, places)
+        for p in net.mixture.fuse.parameters():
+            p.zero_()  # x_out is nothing now: what is left are coordinates and, in the light preset, features
+        after, other = net.render_at(x, places), net.render_at(image(2, batch=1) + 1, places)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, other) == (preset == "paper")
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_with_a_stride_the_backbone_sees_averages_and_the_renderer_the_image(dims):
     net = morse("DynUNet", dims, experts="none", renderer="anatomical", stride=2, image_patch=3, head={"width": 8}).eval()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import List
 
 import torch
-from monai.networks.layers.factories import Conv
+from monai.networks.layers.factories import Conv, Norm
 from torch import Tensor, nn
 
 from monai_morse.errors import InputError
@@ -113,6 +113,8 @@ class Mixture(nn.Module):
         width: hidden and output channels of all MLPs and of the gate's convolutions; default 256, the paper's.
         gate_stride: the gate reads experts of features averaged to 1/gate_stride of the input's size, and its logits are
             upsampled; default 1, the paper's full resolution.
+        gate_norm: normalise what each of the gate's ReLUs gets of a sample (a group norm of one group); default False, as in
+            the paper, whose gate may die: constant weights, whatever it reads.
         drop_prob: expert dropout alpha; default 0, a dense mixture.
         min_active: see :class:`ExpertDropout`.
 
@@ -127,13 +129,14 @@ class Mixture(nn.Module):
         spatial_dims: int,
         width: int = 256,
         gate_stride: int = 1,
+        gate_norm: bool = False,
         drop_prob: float = 0.0,
         min_active: int = 1,
     ) -> None:
         super().__init__()
         if not channels or width < 1 or gate_stride < 1:
             raise InputError(f"mixture: need channels, width >= 1, gate_stride >= 1, got {channels}, {width}, {gate_stride}")
-        self.gate_stride = gate_stride
+        self.gate_stride, self.gate_norm = gate_stride, gate_norm
         self.out_channels = width
         self.experts = nn.ModuleList([PointwiseMLP(c, [width, width]) for c in channels])
         self.dropout = ExpertDropout(len(channels), drop_prob, min_active)
@@ -142,9 +145,13 @@ class Mixture(nn.Module):
             conv = Conv["conv", spatial_dims]
             widths = [width * len(channels), width, width, width, len(channels)]
             layers: List[nn.Module] = []
-            for c_in, c_out in zip(widths[:-1], widths[1:]):
-                layers += [conv(c_in, c_out, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
-            self.gate = nn.Sequential(*layers[:-1])
+            for i, (c_in, c_out) in enumerate(zip(widths[:-1], widths[1:])):
+                layers.append(conv(c_in, c_out, kernel_size=3, padding=1))
+                if i < 3:
+                    if gate_norm:
+                        layers.append(Norm["group", spatial_dims](num_groups=1, num_channels=c_out))
+                    layers.append(nn.ReLU(inplace=True))
+            self.gate = nn.Sequential(*layers)
         self.fuse = PointwiseMLP(width, [width, width])
 
     def forward(self, features: List[Tensor], size: List[int]) -> Tensor:
@@ -164,7 +171,7 @@ class Mixture(nn.Module):
         if self.gate is None:
             return torch.zeros([keep.shape[0], 1] + gate_size, dtype=features[0].dtype, device=features[0].device)
         if not torch.jit.is_scripting():
-            if self.gate_stride == 1 and streaming.possible(features, size):
+            if self.gate_stride == 1 and not self.gate_norm and streaming.possible(features, size):
                 return streaming.gate_logits(self, features, keep, size)
         seen: List[Tensor] = []
         for i, mlp in enumerate(self.experts):

@@ -29,13 +29,17 @@ COARSE = ("experts", "backbone")
 PRESETS: Dict[str, Dict[str, Any]] = {
     "light": {
         "coarse": "backbone",
-        "mixture": {"width": 32, "gate_stride": 4},
+        "mixture": {"width": 32, "gate_stride": 4, "gate_norm": True},
         "head": {"width": 64, "num_frequencies": 32},
+        "points": {},
+        "read_features": True,
     },
     "paper": {
         "coarse": "experts",
         "mixture": {"width": 256, "gate_stride": 1, "min_active": 0},
         "head": {"width": 256, "num_frequencies": 128, "residual": False},
+        "points": {"oversample": 3},
+        "read_features": False,
     },
 }
 
@@ -82,11 +86,11 @@ class Morse(nn.Module):
         num_experts: N, the finest decoder features that become experts; default 3.
         dropout: expert dropout alpha of ``"stochastic"``; default 0.7.
         preset: where options not given come from. ``"light"`` (default) costs next to nothing: narrow experts, the gate at a
-            quarter of the resolution, ``coarse="backbone"``. ``"paper"`` is the paper to the letter, many times the cost of
-            most backbones. See ``PRESETS`` for the values.
+            quarter of the resolution, ``coarse="backbone"``, and what was found to help (docs/results.md). ``"paper"`` is the
+            paper to the letter, many times the cost of most backbones. See ``PRESETS`` for the values.
         coarse: where the coarse logits come from: ``"experts"``, a linear map of x_out, or ``"backbone"``, its own logits.
             Without experts they are always the backbone's, without a renderer the experts'.
-        mixture: options of :class:`Mixture`: width, gate_stride, min_active.
+        mixture: options of :class:`Mixture`: width, gate_stride, gate_norm, min_active.
         head: options of the renderer's head, e.g. of :class:`AnatomicalHead`: width, num_frequencies, residual.
         points: options of :class:`PointSelection`: num_train, num_eval, oversample, importance_ratio, multilabel.
         decoder: names of the submodules that make the decoder features, coarse to fine; default: found for MONAI's backbones.
@@ -94,6 +98,8 @@ class Morse(nn.Module):
         stride: the backbone sees the image averaged over blocks of this many voxels along each axis, default 1, the image
             itself. Its logits are upsampled to the image's grid, on which points are chosen, read and rendered: for scans that
             are too large, or a machine too small, for their own resolution.
+        read_features: with experts, the renderer reads the decoder features at the point beside x_out; default: ``"light"``
+            does, ``"paper"`` reads x_out alone. Without experts the features are what it reads in any case.
         image_patch: the renderer also reads the image's own voxels around each point, a cube of this odd side; default 0, none.
         freeze_backbone: train the mixture and the renderer alone: the backbone's weights have no gradient and it stays in eval
             mode, so that its normalisation statistics rest too; default False. With ``coarse="backbone"`` the rendering loss
@@ -127,6 +133,7 @@ class Morse(nn.Module):
         head: Mapping[str, Any] | None = None,
         points: Mapping[str, Any] | None = None,
         decoder: Sequence[str] | DecoderFunction | None = None,
+        read_features: bool | str | None = None,
         stride: int = 1,
         image_patch: int = 0,
         freeze_backbone: bool | str = False,
@@ -139,12 +146,15 @@ class Morse(nn.Module):
             coarse = "experts" if renderer == "none" else PRESETS[preset]["coarse"]
         one_of("coarse", coarse, COARSE)
         mixture, head = {**PRESETS[preset]["mixture"], **(mixture or {})}, {**PRESETS[preset]["head"], **(head or {})}
+        points = {**PRESETS[preset]["points"], **(points or {})}
+        read_features = PRESETS[preset]["read_features"] if read_features is None else flag(read_features, "read_features")
         if experts != "none" and renderer == "none" and coarse == "backbone":
             raise InputError("experts without a renderer need coarse='experts': nothing else would use them")
-        self.points = _build("points", P.PointSelection, **(points or {}))
+        self.points = _build("points", P.PointSelection, **points)
         # as plain numbers, which torch.jit.script can read
         self.num_train, self.num_eval = self.points.num_train, self.points.num_eval
-        self.oversample, self.importance_ratio = float(self.points.oversample), float(self.points.importance_ratio)
+        self.oversample = float(self.points.oversample or 0)  # 0: by the window
+        self.importance_ratio = float(self.points.importance_ratio)
         self.multilabel = self.points.multilabel
 
         names: Sequence[str] | DecoderFunction = ()
@@ -170,16 +180,18 @@ class Morse(nn.Module):
         self.mixture: Mixture | None = None
         self.classifier: PointwiseMLP | None = None
         self.renderer: nn.Module | None = None
+        self.read_features = read_features or experts == "none"
+        read = sum(channels) if self.read_features else 0
         if experts != "none":
             drop_prob = dropout if experts == "stochastic" else 0.0
             self.mixture = _build("mixture", Mixture, channels, spatial_dims, drop_prob=drop_prob, **mixture)
-            channels = [self.mixture.out_channels]
+            read += self.mixture.out_channels
             if coarse == "experts":
-                self.classifier = PointwiseMLP(channels[0], [num_classes], last_activation=False)
+                self.classifier = PointwiseMLP(self.mixture.out_channels, [num_classes], last_activation=False)
         if renderer != "none":
             context = sum(f.channels for f in self.decoder.info)
             patch = self.decoder.in_channels * image_patch**spatial_dims
-            sizes = sum(channels) + patch, num_classes, spatial_dims, context
+            sizes = read + patch, num_classes, spatial_dims, context
             self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
         self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
         self.freeze_backbone = flag(freeze_backbone, "freeze_backbone")
@@ -226,7 +238,10 @@ class Morse(nn.Module):
             return coarse
         if return_points:
             score = P.uncertainty(coarse.detach(), self.multilabel)
-            index = P.select_training_points(score, self.num_train, self.oversample, self.importance_ratio)
+            oversample = self.oversample
+            if oversample == 0:
+                oversample = max(1.0, self.importance_ratio * x[0, 0].numel() / self.num_eval)
+            index = P.select_training_points(score, self.num_train, oversample, self.importance_ratio)
         else:
             index = self._uncertain_index(coarse, x)
         rendered = self._render(maps, P.point_coordinates(index, size), P.gather_points(coarse, index), placement)
@@ -308,16 +323,16 @@ class Morse(nn.Module):
         """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P)."""
         if self.renderer is None or coordinates.shape[1] == 0:
             return logits
+        read: List[Tensor] = []
         if self.mixture is not None:
-            sampled = self.mixture.at_points(maps.features, maps.mixing[0], maps.mixing[1], coordinates)
-        else:
-            sampled = torch.cat([P.sample_linear(feature, coordinates) for feature in maps.features], dim=1)
+            read.append(self.mixture.at_points(maps.features, maps.mixing[0], maps.mixing[1], coordinates))
+        if self.read_features:
+            read += [P.sample_linear(feature, coordinates) for feature in maps.features]
         if self.image_patch > 0:
-            patch = P.sample_patch(maps.image, coordinates, self.image_patch)
-            sampled = torch.cat([sampled, patch.to(sampled.dtype)], dim=1)
+            read.append(P.sample_patch(maps.image, coordinates, self.image_patch).to(read[0].dtype))
         context = logits[:, :0, 0]
         if self.reads_context:
             context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
         if placement is not None:
             coordinates = P.place(coordinates, placement)
-        return self.renderer(sampled, coordinates, logits, context)
+        return self.renderer(torch.cat(read, dim=1), coordinates, logits, context)

@@ -39,7 +39,9 @@ class PointSelection:
     Args:
         num_train: points per training window (the paper's N_p, 2048).
         num_eval: points per window at inference (the paper's N_p, 8192).
-        oversample: candidates drawn per training point (k_p >= 1, default 3).
+        oversample: candidates drawn per training point (k_p >= 1). The ``rho * N_p`` most uncertain of them are taken: with the
+            paper's 3 they come from the upper quarter of the window, however little of it is boundary. Default ``None``: as
+            many as make them as uncertain as the ``num_eval`` points that are rendered at inference, ``rho * V / num_eval``.
         importance_ratio: share of training points that are the candidates' most uncertain (rho in [0, 1], default 0.75).
         multilabel: classes do not exclude one another (a sigmoid each, such as nested tumour regions); default False.
 
@@ -47,19 +49,19 @@ class PointSelection:
         InputError: when a value is out of its range.
 
     >>> PointSelection(num_train=512)
-    PointSelection(num_train=512, num_eval=8192, oversample=3.0, importance_ratio=0.75, multilabel=False)
+    PointSelection(num_train=512, num_eval=8192, oversample=None, importance_ratio=0.75, multilabel=False)
     """
 
     num_train: int = 2048
     num_eval: int = 8192
-    oversample: float = 3.0
+    oversample: float | None = None
     importance_ratio: float = 0.75
     multilabel: bool = False
 
     def __post_init__(self) -> None:
         if self.num_train < 1 or self.num_eval < 1:
             raise InputError(f"points: num_train and num_eval must be at least 1, got {self.num_train}, {self.num_eval}")
-        if self.oversample < 1:
+        if self.oversample is not None and self.oversample < 1:
             raise InputError(f"points: oversample (k_p) must be at least 1, got {self.oversample}")
         if not 0 <= self.importance_ratio <= 1:
             raise InputError(f"points: importance_ratio (rho) must be in [0, 1], got {self.importance_ratio}")
