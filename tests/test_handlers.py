@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL, TINY
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor, list_data_collate
-from monai.engines import SupervisedEvaluator
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import MeanDice
 from monai.inferers import SliceInferer, SlidingWindowInferer
@@ -25,6 +25,7 @@ from monai_morse.handlers import (
     CaseReport,
     ClassMetrics,
     EpochSeed,
+    FiniteLoss,
     RenderSchedule,
     TrainingState,
     WeightsLoader,
@@ -56,6 +57,25 @@ def test_lambda_follows_the_trainers_iterations_across_a_resume():
     start_after(second, epoch=3, length=5)
     second.run([0] * 5, max_epochs=6)
     assert seen == pytest.approx([render_weight(t, 30) for t in range(1, 31)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_training_before_an_update(value):
+    network, updates = torch.nn.Linear(2, 1), []
+    losses = iter([1.0, 1.0, 1.0, value])
+    trainer = SupervisedTrainer(
+        "cpu",
+        max_epochs=4,
+        train_data_loader=[{"image": torch.ones(1, 2), "label": torch.zeros(1, 1)}] * 3,
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), 0.1),
+        loss_function=lambda pred, label: pred.sum() * next(losses),
+        train_handlers=[FiniteLoss()],
+    )
+    trainer.add_event_handler(IterationEvents.MODEL_COMPLETED, lambda engine: updates.append(1))
+    with pytest.raises(InputError, match="loss is (nan|-?inf) at iteration 4, epoch 2"):
+        trainer.run()
+    assert len(updates) == 3 and network.weight.isfinite().all()
 
 
 def test_epochs_draw_the_same_numbers_wherever_training_starts():

@@ -6,7 +6,7 @@ distributed run each process has its own, files are written by the first alone, 
 
 from .checkpoints import BestModel, LastModel, TrainingState, WeightsLoader
 from .evaluation import BoundaryErrors, CasePictures, CaseReport, ClassMetrics
-from .training import CoarsePrediction, EpochSeed, RenderSchedule
+from .training import CoarsePrediction, EpochSeed, FiniteLoss, RenderSchedule
 
 __all__ = [
     "BestModel",
@@ -16,6 +16,7 @@ __all__ = [
     "ClassMetrics",
     "CoarsePrediction",
     "EpochSeed",
+    "FiniteLoss",
     "LastModel",
     "RenderSchedule",
     "TrainingState",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import ignite.distributed as idist
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from monai_morse.errors import InputError
 from monai_morse.losses import MorseLoss, render_weight
 from monai_morse.networks import MorseOutput
 
-__all__ = ["CoarsePrediction", "EpochSeed", "RenderSchedule"]
+__all__ = ["CoarsePrediction", "EpochSeed", "FiniteLoss", "RenderSchedule"]
 
 
 class RenderSchedule:
@@ -68,6 +70,25 @@ class CoarsePrediction:
     def __call__(self, engine: Engine) -> None:
         pred = engine.state.output["pred"]
         engine.state.output["pred"] = pred.coarse if isinstance(pred, MorseOutput) else pred
+
+
+class FiniteLoss:
+    """Stops a training whose loss is no number, before its weights, which are none either, replace the last epoch's.
+
+    Raises:
+        InputError: in the iteration where the loss is NaN or infinite, naming it.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = float(engine.state.output["loss"])
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss} at iteration {engine.state.iteration}, epoch {engine.state.epoch}; what is saved is "
+                "of epochs before; try amp: false, a lower learning_rate, or, if it happens at once, check_data: true"
+            )
 
 
 class EpochSeed:
