@@ -185,6 +185,11 @@ def morse_by_hand(net, x, b, placement=None):
         read = [] if net.mixture is None else [mixture(place)[0]]
         if net.mixture is None or net.read_features:
             read += [value_at(f, place) for f in features]
+        if net.image_patch:
+            near = range(-(net.image_patch // 2), net.image_patch // 2 + 1)
+            steps = itertools.product(near, repeat=len(size))
+            around = [value_at(x[b].numpy(), [c + 2 * k / n for c, k, n in zip(place, step, size)]) for step in steps]
+            read.append(np.array(around).T.flatten())
         encoded = place if placement is None else moved(placement[b], place)
         return head_by_hand(net.renderer, np.concatenate(read), encoded, value_at(coarse, place), context)
 

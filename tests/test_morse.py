@@ -149,7 +149,7 @@ def test_inference_changes_the_most_uncertain_voxels_and_no_other(dims, experts,
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_without_experts_a_point_reads_every_decoder_feature_there(dims):
-    net = morse("DynUNet", dims, experts="none").eval()
+    net = morse("DynUNet", dims, experts="none", image_patch=0).eval()
     x = image(dims, batch=1)
     size = list(x.shape[2:])
     with torch.no_grad():
@@ -271,7 +271,8 @@ def test_a_window_that_is_rendered_whole_draws_points_anywhere():
 @pytest.mark.parametrize("preset", ["light", "paper"])
 def test_the_renderer_reads_the_decoder_features_beside_x_out(preset):
     """Another mixture, the same features: with both the light preset's points change, without x_out nothing would."""
-    net = morse(preset=preset, coarse="backbone", head={"width": 8, "num_frequencies": 4, "residual": False}).eval()
+    head = {"width": 8, "num_frequencies": 4, "residual": False}
+    net = morse(preset=preset, coarse="backbone", image_patch=0, head=head).eval()
     channels = sum(f.channels for f in net.decoder.info)
     assert net.renderer.mlp.layers[0].in_channels == 2 * 4 + net.mixture.out_channels + (channels if preset == "light" else 0)
     x, places = image(2, batch=1), torch.rand(1, 5, 2)

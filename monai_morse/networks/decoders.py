@@ -328,14 +328,16 @@ def _dry_run(root: _Root) -> Tuple[List[Tuple[int, Tuple[float, ...]]], int, int
     conv = next((m for m in root.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if conv is None:
         raise InputError(f"{kind} has no 2D or 3D convolution: cannot tell its input's shape")
+    own = getattr(root.backbone, "in_channels", None)  # a network may change its input before its first convolution
+    channels = own if isinstance(own, int) else conv.in_channels
     error: Exception | None = None
     for size in [[length] * (conv.weight.ndim - 2) for length in (32, 64, 96, 128, 224)] + fixed_sizes(root):
         try:
-            logits, maps = _fake_run(root, [1, conv.in_channels, *size])
+            logits, maps = _fake_run(root, [1, channels, *size])
         except Exception as e:  # the backbone wants a larger window
             error = error or e
             continue
         if not isinstance(logits, Tensor) or not all(isinstance(m, Tensor) for m in maps):
             raise InputError(f"{kind} in eval mode must return its logits as one tensor, its decoder features as one each")
-        return [(m.shape[1], tuple(s / t for s, t in zip(size, m.shape[2:]))) for m in maps], conv.in_channels, logits.shape[1]
+        return [(m.shape[1], tuple(s / t for s, t in zip(size, m.shape[2:]))) for m in maps], channels, logits.shape[1]
     raise InputError(f"{kind} fails on a test input: {error}") from error

@@ -33,6 +33,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "head": {"width": 64, "num_frequencies": 32},
         "points": {},
         "read_features": True,
+        "image_patch": 3,
     },
     "paper": {
         "coarse": "experts",
@@ -40,6 +41,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "head": {"width": 256, "num_frequencies": 128, "residual": False},
         "points": {"oversample": 3},
         "read_features": False,
+        "image_patch": 0,
     },
 }
 
@@ -100,7 +102,8 @@ class Morse(nn.Module):
             are too large, or a machine too small, for their own resolution.
         read_features: with experts, the renderer reads the decoder features at the point beside x_out; default: ``"light"``
             does, ``"paper"`` reads x_out alone. Without experts the features are what it reads in any case.
-        image_patch: the renderer also reads the image's own voxels around each point, a cube of this odd side; default 0, none.
+        image_patch: the renderer also reads the image's own voxels around each point, a cube of this odd side; 0: none. Default
+            3 in ``"light"``, 0 in ``"paper"``.
         freeze_backbone: train the mixture and the renderer alone: the backbone's weights have no gradient and it stays in eval
             mode, so that its normalisation statistics rest too; default False. With ``coarse="backbone"`` the rendering loss
             is then the only one that trains anything: give it a weight from the start (``schedule: scratch``).
@@ -135,7 +138,7 @@ class Morse(nn.Module):
         decoder: Sequence[str] | DecoderFunction | None = None,
         read_features: bool | str | None = None,
         stride: int = 1,
-        image_patch: int = 0,
+        image_patch: int | None = None,
         freeze_backbone: bool | str = False,
     ) -> None:
         super().__init__()
@@ -170,6 +173,7 @@ class Morse(nn.Module):
         self.decoder = DecoderFeatures(backbone, names)
         if stride < 1:
             raise InputError(f"stride must be a whole number from 1 on, got {stride}")
+        image_patch = PRESETS[preset]["image_patch"] if image_patch is None else image_patch
         if image_patch < 0 or (image_patch > 0 and image_patch % 2 == 0):
             raise InputError(f"image_patch must be 0 or an odd number of voxels, got {image_patch}")
         self.stride, self.image_patch = stride, image_patch

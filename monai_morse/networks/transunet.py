@@ -258,6 +258,7 @@ class TransUNet(nn.Module):
         if width < 1:
             raise InputError(f"width_factor must be at least 1/64, got {width_factor}")
         self.num_skips, self.num_heads = num_skips, num_heads
+        self.in_channels = in_channels
         self.encoder = _Encoder(in_channels, width, resnet_units)
         grid = [s // REDUCTION for s in size]
         self.transformer = _Transformer(16 * width, grid, hidden_size, mlp_dim, num_layers, num_heads, dropout_rate)
