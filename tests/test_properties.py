@@ -70,13 +70,21 @@ def test_each_sample_of_a_mixture_has_its_own_mask_and_eval_has_none():
     assert torch.equal(dense(features, [4, 5]), same)
 
 
-def point_chances(score, number, oversample, ratio):
-    """(uncertain points, other points) -> chance: over every set of candidates, then every set of the voxels left over."""
+def point_chances(score, number, oversample, ratio, pool=0):
+    """(uncertain points, other points) -> chance: over every set of candidates, then every set of the voxels left over.
+
+    Without candidates (oversample 0), over every choice from the ``pool`` most uncertain voxels.
+    """
     every = range(len(score))
     number = min(number, len(score))
     taken = round(ratio * number)
     chances = Counter()
-    for candidates in itertools.combinations(every, min(int(oversample * number), len(score))):
+    best = sorted(every, key=lambda i: -score[i])[: max(pool, taken)]
+    for candidates in (
+        itertools.combinations(every, min(int(oversample * number), len(score)))
+        if oversample
+        else itertools.combinations(best, taken)
+    ):
         uncertain = frozenset(sorted(candidates, key=lambda i: -score[i])[:taken])
         rests = list(itertools.combinations([i for i in every if i not in uncertain], number - taken))
         for rest in rests:
@@ -85,24 +93,27 @@ def point_chances(score, number, oversample, ratio):
 
 
 @pytest.mark.parametrize(
-    "voxels, number, oversample, ratio",
+    "voxels, number, oversample, ratio, pool",
     [
-        (6, 2, 2, 0.5),  # 4 candidates of 6, the most uncertain of them, one of the other 5
-        (6, 3, 1.5, 0.67),  # 4 candidates, 2 of them
-        (5, 2, 3, 0.5),  # more candidates than voxels: all are
-        (6, 3, 1, 1.0),  # no other points
-        (7, 2, 2, 1.0),
-        (5, 3, 3, 0.0),  # nothing but uniform points
-        (4, 9, 3, 0.75),  # fewer voxels than points: all of them
+        (6, 2, 2, 0.5, 0),  # 4 candidates of 6, the most uncertain of them, one of the other 5
+        (6, 3, 1.5, 0.67, 0),  # 4 candidates, 2 of them
+        (5, 2, 3, 0.5, 0),  # more candidates than voxels: all are
+        (6, 3, 1, 1.0, 0),  # no other points
+        (7, 2, 2, 1.0, 0),
+        (5, 3, 3, 0.0, 0),  # nothing but uniform points
+        (4, 9, 3, 0.75, 0),  # fewer voxels than points: all of them
+        (6, 3, 0, 0.67, 4),  # two of the 4 most uncertain, one of the other 4
+        (6, 3, 0, 0.67, 1),  # a pool too small for two
+        (4, 9, 0, 0.5, 9),  # a pool larger than the window
     ],
 )
-def test_training_points_have_their_distribution(voxels, number, oversample, ratio):
+def test_training_points_have_their_distribution(voxels, number, oversample, ratio, pool):
     score = -torch.rand(voxels)
-    index = P.select_training_points(score.expand(30000, -1), number, oversample, ratio)
+    index = P.select_training_points(score.expand(30000, -1), number, oversample, ratio, pool)
     taken = round(ratio * min(number, voxels))
     seen = Counter((frozenset(row[:taken]), frozenset(row[taken:])) for row in index.tolist())
     assert all(len(a) == taken and len(a | b) == min(number, voxels) for a, b in seen)
-    assert fits(seen, point_chances(score.tolist(), number, oversample, ratio))
+    assert fits(seen, point_chances(score.tolist(), number, oversample, ratio, pool))
 
 
 # --- how work is split ----------------------------------------------------------------------------------------------------
@@ -211,7 +222,8 @@ def test_selected_points_are_voxels_and_differ(voxels, batch, number, oversample
     torch.manual_seed(seed)
     score = -torch.rand(batch, voxels).to(dtype)
     score = score.round() if ties else score
-    for index in (P.select_training_points(score, number, oversample, ratio), P.select_uncertain_points(score, number)):
+    draws = [P.select_training_points(score, number, k, ratio, voxels // 3) for k in (oversample, 0)]
+    for index in (*draws, P.select_uncertain_points(score, number)):
         assert index.shape == (batch, min(number, voxels)) and index.dtype == torch.long
         assert index.min() >= 0 and index.max() < voxels
         assert all(len(set(row)) == len(row) for row in index.tolist())

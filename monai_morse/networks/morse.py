@@ -156,7 +156,7 @@ class Morse(nn.Module):
         self.points = _build("points", P.PointSelection, **points)
         # as plain numbers, which torch.jit.script can read
         self.num_train, self.num_eval = self.points.num_train, self.points.num_eval
-        self.oversample = float(self.points.oversample or 0)  # 0: by the window
+        self.oversample = float(self.points.oversample or 0)
         self.importance_ratio = float(self.points.importance_ratio)
         self.multilabel = self.points.multilabel
 
@@ -242,10 +242,8 @@ class Morse(nn.Module):
             return coarse
         if return_points:
             score = P.uncertainty(coarse.detach(), self.multilabel)
-            oversample = self.oversample
-            if oversample == 0:
-                oversample = max(1.0, self.importance_ratio * x[0, 0].numel() / self.num_eval)
-            index = P.select_training_points(score, self.num_train, oversample, self.importance_ratio)
+            pool = self._num_rendered(score, x)
+            index = P.select_training_points(score, self.num_train, self.oversample, self.importance_ratio, pool)
         else:
             index = self._uncertain_index(coarse, x)
         rendered = self._render(maps, P.point_coordinates(index, size), P.gather_points(coarse, index), placement)
@@ -321,7 +319,11 @@ class Morse(nn.Module):
 
     def _uncertain_index(self, coarse: Tensor, x: Tensor) -> Tensor:
         score = P.uncertainty(coarse, self.multilabel)
-        return P.select_uncertain_points(score, -(-self.num_eval * score.shape[1] // x[0, 0].numel()))
+        return P.select_uncertain_points(score, self._num_rendered(score, x))
+
+    def _num_rendered(self, score: Tensor, x: Tensor) -> int:
+        """How many voxels of the score's grid fill the space of ``num_eval`` voxels of the image."""
+        return -(-self.num_eval * score.shape[1] // x[0, 0].numel())
 
     def _render(self, maps: _Maps, coordinates: Tensor, logits: Tensor, placement: Optional[Tensor]) -> Tensor:
         """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P)."""

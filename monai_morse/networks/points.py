@@ -40,8 +40,8 @@ class PointSelection:
         num_train: points per training window (the paper's N_p, 2048).
         num_eval: points per window at inference (the paper's N_p, 8192).
         oversample: candidates drawn per training point (k_p >= 1). The ``rho * N_p`` most uncertain of them are taken: with the
-            paper's 3 they come from the upper quarter of the window, however little of it is boundary. Default ``None``: as
-            many as make them as uncertain as the ``num_eval`` points that are rendered at inference, ``rho * V / num_eval``.
+            paper's 3 they come from the upper quarter of the window, however little of it is boundary. Default ``None``: they
+            are drawn from the ``num_eval`` most uncertain voxels instead, those that inference renders.
         importance_ratio: share of training points that are the candidates' most uncertain (rho in [0, 1], default 0.75).
         multilabel: classes do not exclude one another (a sigmoid each, such as nested tumour regions); default False.
 
@@ -103,7 +103,7 @@ def select_uncertain_points(score: Tensor, num_points: int) -> Tensor:
     return score.topk(min(num_points, score.shape[1]), dim=1, sorted=False).indices
 
 
-def select_training_points(score: Tensor, num_points: int, oversample: float, importance_ratio: float) -> Tensor:
+def select_training_points(score: Tensor, num_points: int, oversample: float, importance_ratio: float, pool: int = 0) -> Tensor:
     """Draw the training points of each sample, all different.
 
     ``k_p * N_p`` candidates are drawn uniformly from all voxels; the ``rho * N_p`` most uncertain of them are taken; the
@@ -111,19 +111,25 @@ def select_training_points(score: Tensor, num_points: int, oversample: float, im
 
     Args:
         score: uncertainty (B, V).
-        num_points: N_p. oversample: k_p. importance_ratio: rho.
+        num_points: N_p. oversample: k_p; 0: the uncertain points are drawn uniformly from the ``pool`` most uncertain voxels.
+        importance_ratio: rho.
+        pool: at least ``rho * N_p`` are taken.
 
     Returns:
         flat voxel indices (B, P), P = min(N_p, V); the first ``round(rho * P)`` are the uncertain ones.
     """
     total = score.shape[1]
     num_points = min(num_points, total)
-    num_candidates = min(int(oversample * num_points), total)
     num_uncertain = int(round(importance_ratio * num_points))
     # the largest of i.i.d. keys are a uniform draw without replacement
-    candidates = torch.rand(score.shape, device=score.device).topk(num_candidates, dim=1, sorted=False).indices
-    best = score.gather(1, candidates).topk(num_uncertain, dim=1, sorted=False).indices
-    uncertain = candidates.gather(1, best)
+    if oversample > 0:
+        num_candidates = min(int(oversample * num_points), total)
+        candidates = torch.rand(score.shape, device=score.device).topk(num_candidates, dim=1, sorted=False).indices
+        keys = score.gather(1, candidates)
+    else:
+        candidates = select_uncertain_points(score, max(pool, num_uncertain))
+        keys = torch.rand(candidates.shape, device=score.device)
+    uncertain = candidates.gather(1, keys.topk(num_uncertain, dim=1, sorted=False).indices)
     keys = torch.rand(score.shape, device=score.device).scatter(1, uncertain, -1.0)
     uniform = keys.topk(num_points - num_uncertain, dim=1, sorted=False).indices
     return torch.cat([uncertain, uniform], dim=1)
