@@ -86,7 +86,7 @@ def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any]) ->
     >>> bare = BasicUNet(2, 1, 3, features=(4, 4, 8, 16, 32, 4))
     >>> net = Morse(BasicUNet(2, 1, 3, features=(4, 4, 8, 16, 32, 4)), mixture={"width": 4}, head={"width": 4})
     >>> print(load_matching(net, bare.state_dict()))
-    82 of 113 entries loaded; 31 new (mixture, renderer)
+    82 of 119 entries loaded; 37 new (mixture, renderer)
     """
     name = "the checkpoint" if isinstance(source, Mapping) else str(source)
     state = source if isinstance(source, Mapping) else read_checkpoint(source, torch.device("cpu"))
