@@ -176,6 +176,18 @@ def test_options_that_vary_name_rows_and_make_tables_3_and_4(tmp_path):
     assert table[0] == "| alpha | DSC ↑ | ASD ↓ | runs |" and [r.split(" | ")[0] for r in table[2:]] == ["| 0.5", "| 0.9"]
 
 
+def test_what_the_renderer_alone_reads_is_no_other_baseline(tmp_path):
+    rng = np.random.default_rng(0)
+    write_run(tmp_path / "b", rng)
+    write_run(tmp_path / "wide", rng, **{"backbones#dynunet#filters": [32, 64]})
+    for k in (3, 9):
+        write_run(tmp_path / f"m{k}", rng, renderer="anatomical", **{"network_def#points#oversample": k})
+    rows = {row.name: row for row in rows_of(read_runs(tmp_path)[0])[0]}
+    assert set(rows) == {"Baseline", "Baseline, filters [32, 64]", "+ IAR, oversample 3", "+ IAR, oversample 9"}
+    for k in (3, 9):
+        assert rows[f"+ IAR, oversample {k}"].baseline == rows["Baseline"].runs
+
+
 def test_distances_that_do_not_exist_are_left_out(tmp_path):
     values = write_run(tmp_path / "a", np.random.default_rng(0), blank=True)
     found = statistics.mean(v["hd95_mm"] for v in values.values() if v["hd95_mm"] != "")

@@ -18,6 +18,7 @@ ckpt_dir: models
 output_dir: eval
 dataset_dir: $@bundle_root + '/data'
 experts: stochastic
+network_def: {points: 2048}
 fold: 0
 seed: 0
 resume: false
@@ -44,6 +45,12 @@ def bundle(tmp_path):
 
 def status(folder):
     return json.loads((folder / "run.json").read_text())["status"]
+
+
+def test_a_value_inside_a_name_is_recorded_too(bundle, tmp_path):
+    cells = plan_sweep(bundle, {"network_def#points": [1, 2]}, tmp_path / "runs", {})
+    assert [cell.record["settings"]["network_def#points"] for cell in cells] == [1, 2]
+    assert [cell.folder.name for cell in cells] == ["network_def.points-1", "network_def.points-2"]
 
 
 PYTHON = """#!/bin/sh
