@@ -40,7 +40,7 @@ from monai_morse import Morse, MorseLoss
 from monai_morse.systems import BACKBONES
 
 ROWS: dict[str, dict[str, Any]] = {
-    "bare": {},
+    "bare": {"experts": "none", "renderer": "none"},
     "literal": {"preset": "paper"},
     "paper": {"preset": "paper"},
     "default": {},
@@ -54,6 +54,7 @@ SETTINGS = {  # backbone: (spatial dimensions, small window)
     "UNETR": (3, 48),
     "SwinUNETR": (3, 64),
     "MedNeXt": (3, 48),
+    "DynUNet": (3, 64),
 }
 TIMES = ("inference", "sliding window", "training step")
 FIGURES = (
@@ -87,7 +88,7 @@ def build(backbone: str, row: str, small: bool) -> tuple[nn.Module, list[int]]:
     kind, options = parse(row)
     torch.manual_seed(0)
     net: nn.Module = UNETR(1, CLASSES, size) if backbone == "UNETR" else BACKBONES[backbone].usual(dims, CLASSES)
-    if kind != "bare":
+    if row != "bare":
         net = Morse(net, **{"num_experts": BACKBONES[backbone].num_experts, **options})
     return LiteralMorse(net) if kind == "literal" else net, size
 

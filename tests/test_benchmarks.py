@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, window
 
-from benchmarks.cost import measure, parse, table
+from benchmarks.cost import build, measure, parse, table
 from benchmarks.growth import slope
 from benchmarks.literal import LiteralMorse
 from monai_morse import Morse, MorseLoss
@@ -77,3 +78,12 @@ def test_a_row_is_a_kind_and_options():
 def test_slope_of_a_square_is_two_and_of_noise_unknown():
     assert slope([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2)
     assert math.isnan(slope([1, 2, 4], [1.0, -0.1, 2.0]))
+
+
+def test_the_bare_backbone_takes_a_stride_too():
+    bare, (strided, _) = build("BasicUNet", "bare", True)[0], build("BasicUNet", "bare stride=2", True)
+    x = torch.rand(1, 1, 64, 64)
+    assert strided.mixture is None and strided.renderer is None
+    with torch.no_grad():
+        seen = F.avg_pool2d(x, 2)
+        assert torch.allclose(strided.eval()(x), F.interpolate(bare.eval()(seen), (64, 64), mode="bilinear"), atol=1e-5)
