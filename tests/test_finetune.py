@@ -43,7 +43,7 @@ def finetune(data, out, **words):
 OTHERS = {  # what differs: (options, entries of the network that are new)
     "classes": ({}, {"decoder.backbone.output_block.conv.conv.weight", "decoder.backbone.output_block.conv.conv.bias"}),
     "channels": ({"in_channels": 2}, {"decoder.backbone.input_block.conv1.conv.weight"}),
-    "experts": ({"num_experts": 2}, {"mixture.experts.0.layers.0.weight", "mixture.gate.6.weight"}),
+    "experts": ({"num_experts": 2}, {"mixture.experts.0.layers.0.weight", "mixture.gate.9.weight"}),
     "width": ({"width": 8}, {"renderer.mlp.layers.0.weight"}),
 }
 
@@ -105,7 +105,7 @@ def test_the_command_of_the_docs_trains_and_its_weights_segment(data, tmp_path):
     both = "['configs/train.yaml','configs/finetune.yaml']"
     options = {"finetune_from": "models/model.pt", "class_names": "['lesion']", "num_folds": 3, "max_epochs": 1}
     log = run(both, dataset_dir=data[1], ckpt_dir=tmp_path, **options)
-    assert "models/model.pt: 119 of 123 entries loaded; 4 new (output_block, renderer)" in log
+    assert "models/model.pt: 125 of 129 entries loaded; 4 new (output_block, renderer)" in log
     scan = data[1] / "imagesTr/case_0.nii.gz"
     run("configs/inference.yaml", weights=tmp_path / "model.pt", num_classes=2, dataset_dir=scan, output_dir=tmp_path / "out")
     assert set(np.unique(nib.load(tmp_path / "out/case_0_seg.nii.gz").dataobj)) <= {0, 1}
