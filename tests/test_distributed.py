@@ -14,8 +14,10 @@ ALL_POINTS = {"num_train": 16**3, "num_eval": 100}
 
 
 def train(experts, renderer, rank, processes):
-    """Losses of three steps, the mean over the processes, and the weights after them; in float64, since the rounding of float32,
-    which depends on the batch's size and the CPU, grows from step to step."""
+    """Losses of three steps, the mean over the processes, and the weights after them.
+
+    In float64: float32's rounding depends on the batch's size and the CPU, and grows from step to step.
+    """
     torch.manual_seed(0)
     net = Morse(TINY["DynUNet"](3, 3), experts, renderer, mixture={"width": 8}, head={"width": 8}, points=ALL_POINTS).double()
     images, labels = torch.rand(3, 4, 1, 16, 16, 16, dtype=torch.float64), torch.randint(0, 3, (3, 4, 1, 16, 16, 16))
