@@ -222,13 +222,13 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
         return systems.index(item[0][0]) if item[0][0] in systems else len(systems)
 
     rows = []
-    for (system, _), group in sorted(groups.items(), key=order):
+    for (system, key), group in sorted(groups.items(), key=order):
         extras = {n: group[0].settings.get(n) for n in differ if group[0].settings.get(n) is not None}
         if system == ("none", "none"):
             extras = {n: v for n, v in extras.items() if not _refines(n)}
         name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(f"{n.split('#')[-1]} {v}" for n, v in extras.items())])
-        training = {n: _key(v) for n, v in extras.items() if not _refines(n)}
-        candidates = [g for (s, e), g in groups.items() if s == ("none", "none") and training.items() <= dict(e).items()]
+        training = tuple((n, v) for n, v in key if not _refines(n))  # what a run does not set is as telling as what it sets
+        candidates = [g for (s, e), g in groups.items() if s == ("none", "none") and e == training]
         baseline = group if system == ("none", "none") else next(iter(candidates), [])
         rows.append(Row(name, extras, group, baseline))
     return rows, left_out

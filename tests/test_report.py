@@ -179,7 +179,7 @@ def test_options_that_vary_name_rows_and_make_tables_3_and_4(tmp_path):
 def test_what_the_renderer_alone_reads_is_no_other_baseline(tmp_path):
     rng = np.random.default_rng(0)
     write_run(tmp_path / "b", rng)
-    write_run(tmp_path / "wide", rng, **{"backbones#dynunet#filters": [32, 64]})
+    write_run(tmp_path / "a_wide_one_found_first", rng, **{"backbones#dynunet#filters": [32, 64]})
     for k in (3, 9):
         write_run(tmp_path / f"m{k}", rng, renderer="anatomical", **{"network_def#points#oversample": k})
     rows = {row.name: row for row in rows_of(read_runs(tmp_path)[0])[0]}
