@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--grid", required=True, help="e.g. 'experts=[none,stochastic] renderer=[none,anatomical] fold=[0,1]'")
     sweep.add_argument("--out", type=Path, required=True, help="folder for a folder a run")
     sweep.add_argument("--set", default="", help="what all runs share, e.g. 'iterations=200 dataset_dir=/data/liver'")
+    sweep.add_argument("--over", nargs="*", default=[], help="files in configs that lie over train.yaml, e.g. slices.yaml")
     sweep.add_argument("--cpus", type=int, default=1, help="of a run")
     sweep.add_argument("--gpus", type=float, default=0, help="of a run; 0 hides them, 0.5 is a half")
     sweep.add_argument("--address", help="of a Ray cluster, or auto; default: this machine")
@@ -100,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "sweep":
             from monai_morse.sweep import sweep as run_sweep
 
-            return run_sweep(args.bundle, args.grid, args.out, args.set, args.cpus, args.gpus, args.address, args.dry_run)
+            shared = args.set, args.cpus, args.gpus, args.address, args.dry_run, args.over
+            return run_sweep(args.bundle, args.grid, args.out, *shared)
         elif args.command == "report":
             from monai_morse.report import report as make_report
 

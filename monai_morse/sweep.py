@@ -108,7 +108,9 @@ def _write_run(folder: Path, record: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def plan_sweep(bundle: Path, grid: Mapping[str, Any], out: Path, options: Mapping[str, Any]) -> list[Cell]:
+def plan_sweep(
+    bundle: Path, grid: Mapping[str, Any], out: Path, options: Mapping[str, Any], over: Sequence[str] = ()
+) -> list[Cell]:
     """The cells of a grid, checked.
 
     Args:
@@ -116,19 +118,22 @@ def plan_sweep(bundle: Path, grid: Mapping[str, Any], out: Path, options: Mappin
         grid: lists of values by the name in ``train.yaml``.
         out: folder for the cells' folders.
         options: values that all cells share, by the name in either file.
+        over: further files in ``configs``, such as ``slices.yaml``, that lie over ``train.yaml``, and ``evaluate.yaml`` over them.
 
     Raises:
         InputError: for a bundle without the files, a name that they do not have, an unknown word, or a folder that holds a run
             with other options.
     """
     bundle, out = bundle.resolve(), out.resolve()
-    files = [bundle / "configs" / f"{name}.yaml" for name in ("train", "evaluate")]
+    files = [bundle / "configs" / name for name in ("train.yaml", *over, "evaluate.yaml")]
     for file in files:
         if not file.is_file():
-            raise InputError(f"no {file}; give --bundle the folder of a bundle with train.yaml and evaluate.yaml in configs")
-    train_config = ConfigParser.load_config_file(files[0])
-    both = {**train_config, **ConfigParser.load_config_file(files[1])}
-    for given, known, where in ((grid, train_config, files[0].name), (options, both, "train.yaml or evaluate.yaml")):
+            needed = " and ".join(f.name for f in files)
+            raise InputError(f"no {file}; give --bundle the folder of a bundle with {needed} in configs")
+    train_config = ConfigParser.load_config_files(files[:-1])
+    both = ConfigParser.load_config_files(files)
+    names = [f.name for f in files]
+    for given, known, where in ((grid, train_config, " or ".join(names[:-1])), (options, both, " or ".join(names))):
         for name, value in given.items():
             if name in OWN or name.split("#")[0] not in known:
                 why = "is set by the sweep" if name in OWN else f"is no name in {where} of {bundle.name}"
@@ -157,6 +162,8 @@ def plan_sweep(bundle: Path, grid: Mapping[str, Any], out: Path, options: Mappin
             "settings": {n: v for n, v in {**plain, **chosen}.items() if n.split("#")[0] in train_config and n not in OWN},
             "versions": versions,
         }
+        if over:
+            record["over"] = record["settings"]["over"] = list(over)
         run = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
         places = {"bundle_root": bundle, "logging_file": bundle / "configs" / "logging.conf"}
         places |= {"ckpt_dir": folder, "output_dir": folder}
@@ -164,7 +171,7 @@ def plan_sweep(bundle: Path, grid: Mapping[str, Any], out: Path, options: Mappin
         commands = [
             [*run, "--config_file", config, *shared]
             + [str(w) for n, v in chosen.items() if n.split("#")[0] in known for w in (f"--{n}", v)]
-            for config, known in ((str(files[0]), train_config), (str([str(f) for f in files]), both))
+            for config, known in ((str([str(f) for f in files[:-1]]), train_config), (str([str(f) for f in files]), both))
         ]
         cells.append(Cell(values, folder, record, *commands))
         _check_same(cells[-1])
@@ -180,11 +187,12 @@ _FOLDER = str.maketrans({c: "." for c in " #/\\:,[]()'\"$@*?"})
 
 def _check_same(cell: Cell) -> None:
     """A folder with results of other options is nobody's to overwrite."""
-    before = read_run(cell.folder).get("options")
-    if before is None or not any((cell.folder / f).is_file() for f in ("metrics.csv", "model_last.pt")):
+    run = read_run(cell.folder)
+    if "options" not in run or not any((cell.folder / f).is_file() for f in ("metrics.csv", "model_last.pt")):
         return
-    for name in {**before, **cell.record["options"]}:
-        then, now = before.get(name), cell.record["options"].get(name)
+    before, wanted = ({**r["options"], "over": r.get("over")} for r in (run, cell.record))
+    for name in {**before, **wanted}:
+        then, now = before.get(name), wanted.get(name)
         if then != now:
             raise InputError(f"{cell.folder} holds a run with {name} {then!r}, not {now!r}; give another --out or remove it")
 
@@ -298,9 +306,10 @@ def sweep(
     gpus: float = 0,
     address: str | None = None,
     dry_run: bool = False,
+    over: Sequence[str] = (),
 ) -> int:
     """The command: plan, run, tell; returns the exit code."""
-    cells = plan_sweep(bundle, parse_options(grid), out, parse_options(options))
+    cells = plan_sweep(bundle, parse_options(grid), out, parse_options(options), over)
     if dry_run:
         for cell in cells:
             print(f"# {cell.folder}" + (": done" if cell.done else ""))
