@@ -118,7 +118,7 @@ def plan_sweep(
         grid: lists of values by the name in ``train.yaml``.
         out: folder for the cells' folders.
         options: values that all cells share, by the name in either file.
-        over: further files in ``configs``, such as ``slices.yaml``, that lie over ``train.yaml``, and ``evaluate.yaml`` over them.
+        over: further files in ``configs`` that lie over ``train.yaml``, such as ``slices.yaml``; ``evaluate.yaml`` comes last.
 
     Raises:
         InputError: for a bundle without the files, a name that they do not have, an unknown word, or a folder that holds a run

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import TINY, window
 
 from benchmarks.cost import build, measure, parse, table
+from benchmarks.gate import main as gate
 from benchmarks.growth import slope
 from benchmarks.literal import LiteralMorse
 from monai_morse import Morse, MorseLoss
@@ -87,3 +88,12 @@ def test_the_bare_backbone_takes_a_stride_too():
     with torch.no_grad():
         seen = F.avg_pool2d(x, 2)
         assert torch.allclose(strided.eval()(x), F.interpolate(bare.eval()(seen), (64, 64), mode="bilinear"), atol=1e-5)
+
+
+def test_the_gates_table_has_every_expert_at_every_place(task04, capsys):
+    gate(["--data", str(task04), "--cases", "1"])
+    rows = [[c.strip() for c in line.strip("| ").split("|")] for line in capsys.readouterr().out.strip().splitlines()]
+    assert [r[0] for r in rows[2:]] == ["all voxels", "the structures", "re-rendered voxels"]
+    for row in rows[2:]:
+        means, spreads = zip(*(map(float, cell.split(" ± ")) for cell in row[1:]))
+        assert len(means) == 3 and sum(means) == pytest.approx(1, abs=0.02) and all(s > 0 for s in spreads)

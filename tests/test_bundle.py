@@ -96,6 +96,22 @@ def test_evaluation_writes_a_row_a_case_and_class_and_label_maps_in_the_labels_g
         assert float(row["dice"] or 0) == pytest.approx(overlap, abs=1e-5)
 
 
+def test_a_network_on_slices_trains_and_is_scored_on_volumes(trained, tmp_path):
+    data, _, _ = trained
+    options = {**TINY, "patch_size": "[32,32]", "stride": 2, "dataset_dir": data, "ckpt_dir": tmp_path, "output_dir": tmp_path}
+    slices = EVALUATE.replace("','", f"','{CONFIGS}/slices.yaml','")
+    succeed(f"['{CONFIGS}/train.yaml','{CONFIGS}/slices.yaml']", max_epochs=1, **options)
+    kernels = [w for w in torch.load(tmp_path / "model.pt", weights_only=True).values() if w.ndim > 3]
+    assert kernels and all(w.ndim == 4 for w in kernels)
+    succeed(slices, save_boundary_errors="true", **options)
+    for case in msd_cases(data, "val", num_folds=3):
+        label, pred = nib.load(case["label"]), nib.load(tmp_path / "predictions" / os.path.basename(case["image"]))
+        assert pred.shape == label.shape and np.allclose(pred.affine, label.affine, atol=1e-5)
+    assert (tmp_path / "boundary.csv").is_file()
+    wrong = run(f"['{CONFIGS}/train.yaml','{CONFIGS}/slices.yaml']", **{**options, "coordinates": "volume"})
+    assert wrong.returncode == 1 and "use coordinates='window'" in wrong.stderr + wrong.stdout
+
+
 def test_another_system_in_volume_coordinates_renders_on_a_finer_grid_and_shows_its_uncertainty(trained, tmp_path):
     data, _, _ = trained
     system = {"renderer": "implicit_pointrend", "schedule": "scratch", "coordinates": "volume", "spacing": "[1.5,1.5,2]"}

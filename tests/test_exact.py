@@ -29,6 +29,7 @@ from reference import (
     voxels,
 )
 
+from monai_morse import InputError
 from monai_morse.networks import FourierEncoding
 from monai_morse.networks import points as P
 from monai_morse.networks.experts import Mixture
@@ -186,6 +187,22 @@ def test_prediction_is_the_coarse_map_with_its_most_uncertain_voxels_rendered(
                 assert (value(got[b], voxel) != value(expected, voxel)).any()
             else:
                 np.testing.assert_allclose(value(got[b], voxel), value(expected, voxel), **CLOSE)
+
+
+@pytest.mark.parametrize("batch, classes, size, channels, strides", WINDOWS)
+def test_expert_weights_are_equation_1_on_any_grid(batch, classes, size, channels, strides):
+    net = pyramid_morse(len(size), classes, channels, strides, gate_stride=2)
+    x, grid = torch.randn(batch, 1, *size, dtype=torch.float64), [2 * n + 1 for n in size]
+    with torch.no_grad():
+        got, finer = net.expert_weights(x), net.expert_weights(x, grid)
+    for b in range(batch):
+        features = [f(x[b : b + 1])[0].detach().numpy() for f in net.decoder.backbone.features]
+        mixture = mixture_by_hand(net.mixture, features, size)
+        for maps, shape in ((got, size), (finer, grid)):
+            for voxel in voxels(shape):
+                np.testing.assert_allclose(value(maps[b], voxel), mixture(centre(voxel, shape))[1], **CLOSE)
+    with pytest.raises(InputError, match="no gate"):
+        pyramid_morse(len(size), classes, channels, strides, experts="none").expert_weights(x)
 
 
 @each_system

@@ -53,6 +53,24 @@ def test_a_value_inside_a_name_is_recorded_too(bundle, tmp_path):
     assert [cell.folder.name for cell in cells] == ["network_def.points-1", "network_def.points-2"]
 
 
+def test_a_file_that_lies_over_the_training_has_names_and_is_told_and_recorded(bundle, tmp_path, capsys):
+    (bundle / "configs" / "slices.yaml").write_text("fold: 2\nnetwork_def#points: 64\nplanes: 3\n")
+    runs = tmp_path / "runs"
+    (cell,) = plan_sweep(bundle, {"planes": [3]}, runs, {}, ["slices.yaml"])
+    assert cell.record["settings"]["fold"] == 2 and cell.record["settings"]["over"] == cell.record["over"] == ["slices.yaml"]
+    assert run_cell(cell.folder, cell.record, cell.commands(), 1, ".") == "", (cell.folder / "log.txt").read_text()
+    assert (cell.folder / "metrics.csv").read_text() == "[2, 0, False]"
+    with pytest.raises(InputError, match="planes is no name in train.yaml of toy"):
+        plan_sweep(bundle, {"planes": [3]}, runs, {})
+    with pytest.raises(InputError, match="with train.yaml and fine.yaml and evaluate.yaml in configs"):
+        plan_sweep(bundle, {"fold": [0]}, runs, {}, ["fine.yaml"])
+    (bundle / "configs" / "other.yaml").write_text("planes: 3\n")
+    with pytest.raises(InputError, match=r"holds a run with over \['slices.yaml'\], not \['other.yaml'\]"):
+        plan_sweep(bundle, {"planes": [3]}, runs, {}, ["other.yaml"])
+    words = ["sweep", "--bundle", str(bundle), "--out", str(tmp_path / "more"), "--over", "slices.yaml", "--grid", "fold=[1]"]
+    assert main([*words, "--dry_run"]) == 0 and capsys.readouterr().out.count("slices.yaml") == 2
+
+
 PYTHON = """#!/bin/sh
 case "$*" in
     *"--fold 1"*) touch {runs}/fold-1/model_last.pt; echo "error: no such fold"; exit 1;;

@@ -295,6 +295,20 @@ class Morse(nn.Module):
         index = self._uncertain_index(coarse, x)
         return P.write_points(mask, index, torch.ones_like(index[:, None], dtype=mask.dtype))
 
+    @torch.jit.unused
+    def expert_weights(self, x: Tensor, grid: Optional[List[int]] = None, placement: Optional[Tensor] = None) -> Tensor:
+        """The gate's weights of equation 1, to look at: (B, C, *S) -> (B, N, *S), which sum to 1 at every voxel.
+
+        ``grid`` and ``placement`` as for :meth:`coarse`.
+
+        Raises:
+            InputError: without experts.
+        """
+        if self.mixture is None:
+            raise InputError("experts='none' has no gate to look at")
+        maps = self._maps(x.as_tensor() if isinstance(x, MetaTensor) else x)
+        return resize(maps.mixing[1], list(x.shape[2:]) if grid is None else grid).softmax(dim=1)
+
     def _maps(self, x: Tensor) -> _Maps:
         size = [-(-s // self.stride) for s in x.shape[2:]]
         logits, features = self.decoder(shrink(x, size))
