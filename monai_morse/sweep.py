@@ -155,15 +155,14 @@ def plan_sweep(
         values = dict(zip(grid, combination))
         chosen = {**options, **values}
         folder = out / ("_".join(f"{n}-{v}" for n, v in values.items()).translate(_FOLDER) or "run")
+        settings = {n: v for n, v in {**plain, **chosen}.items() if n.split("#")[0] in train_config and n not in OWN}
         record = {
             "bundle": bundle.name,
             "cell": values,
             "options": chosen,
-            "settings": {n: v for n, v in {**plain, **chosen}.items() if n.split("#")[0] in train_config and n not in OWN},
+            "settings": {**settings, "over": list(over)} if over else settings,
             "versions": versions,
         }
-        if over:
-            record["over"] = record["settings"]["over"] = list(over)
         run = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run"]
         places = {"bundle_root": bundle, "logging_file": bundle / "configs" / "logging.conf"}
         places |= {"ckpt_dir": folder, "output_dir": folder}
@@ -190,7 +189,7 @@ def _check_same(cell: Cell) -> None:
     run = read_run(cell.folder)
     if "options" not in run or not any((cell.folder / f).is_file() for f in ("metrics.csv", "model_last.pt")):
         return
-    before, wanted = ({**r["options"], "over": r.get("over")} for r in (run, cell.record))
+    before, wanted = ({**r["options"], "over": r.get("settings", {}).get("over")} for r in (run, cell.record))
     for name in {**before, **wanted}:
         then, now = before.get(name), wanted.get(name)
         if then != now:

@@ -57,7 +57,7 @@ def test_a_file_that_lies_over_the_training_has_names_and_is_told_and_recorded(b
     (bundle / "configs" / "slices.yaml").write_text("fold: 2\nnetwork_def#points: 64\nplanes: 3\n")
     runs = tmp_path / "runs"
     (cell,) = plan_sweep(bundle, {"planes": [3]}, runs, {}, ["slices.yaml"])
-    assert cell.record["settings"]["fold"] == 2 and cell.record["settings"]["over"] == cell.record["over"] == ["slices.yaml"]
+    assert cell.record["settings"]["fold"] == 2 and cell.record["settings"]["over"] == ["slices.yaml"]
     assert run_cell(cell.folder, cell.record, cell.commands(), 1, ".") == "", (cell.folder / "log.txt").read_text()
     assert (cell.folder / "metrics.csv").read_text() == "[2, 0, False]"
     with pytest.raises(InputError, match="planes is no name in train.yaml of toy"):
