@@ -4,6 +4,9 @@
     python -m benchmarks.cost --small             # 3D 48^3 (64^3 where 48 does not fit) and 2D 128^2
     python -m benchmarks.cost --small --backbones UNETR --rows default pointrend --json cost.json
     python -m benchmarks.cost --small --backbones UNETR --rows paper --base literal --repeats 10
+    python -m benchmarks.cost --backbones bundles/hippocampus_mri_morse --base "bare stride=2" --rows "default stride=2"
+
+A backbone may be a bundle's folder: its network and patch, a row's options being names of its ``train.yaml``.
 
 A row and its base run in two processes of their own, in turn, repeat after repeat, so that neither heat nor other work nor the
 other's memory counts against one of them; both draw the same dropout masks and points. Time is the median of the repeats'
@@ -29,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
@@ -77,12 +82,25 @@ def parse(row: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = dict(ROWS[kind])
     for key, value in (c.split("=", 1) for c in changes):
         group = options.setdefault(GROUPS[key], {}) if key in GROUPS else options
-        group[key] = int(value) if value.isdigit() else value
+        group[key] = yaml.safe_load(value)
     return kind, options
+
+
+def build_bundle(folder: Path, row: str) -> tuple[nn.Module, list[int]]:
+    """The network that a bundle trains, its options those of the row, and its patch."""
+    kind, *changes = row.split()
+    options = {**ROWS[kind], **{k: yaml.safe_load(v) for k, v in (c.split("=", 1) for c in changes)}}
+    config = ConfigParser()
+    config.read_config(folder / "configs" / "train.yaml")
+    config.update({"bundle_root": str(folder), **options})
+    torch.manual_seed(0)
+    return config.get_parsed_content("network_def"), config.get_parsed_content("patch_size")
 
 
 def build(backbone: str, row: str, small: bool) -> tuple[nn.Module, list[int]]:
     """The network and the size of its window."""
+    if backbone not in SETTINGS:
+        return build_bundle(Path(backbone), row)
     dims, small_side = SETTINGS[backbone]
     size = [small_side if small else {2: 256, 3: 96}[dims]] * dims
     kind, options = parse(row)
@@ -130,7 +148,9 @@ class Bench:
         if channels_last:
             layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
             self.network, self.x = self.network.to(memory_format=layout), self.x.contiguous(memory_format=layout)
-        self.labels = torch.randint(0, CLASSES, (self.batch, 1, *size), device=self.device)
+        with torch.no_grad():
+            classes = CLASSES if backbone in SETTINGS else self.network.eval()(self.x[:1]).shape[1]
+        self.labels = torch.randint(0, classes, (self.batch, 1, *size), device=self.device)
         side = size[0] * 5 // 3
         volume = [side, side, side * 2 // 5] if len(size) == 3 else [2 * size[0], 2 * size[1]]
         self.volume = torch.rand(1, 1, *volume, device=self.device)
@@ -138,7 +158,7 @@ class Bench:
         self.loss = MorseLoss(weight=0.1)
         self.optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
         self.call: Callable[..., Any] = torch.compile(self.network) if compiled else self.network
-        self.morse = parse(row)[0] != "bare"
+        self.morse = isinstance(network, (Morse, LiteralMorse))
         self.runs = 0
 
     def count(self) -> dict[str, float]:
@@ -268,7 +288,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="small windows, for a CPU")
-    parser.add_argument("--backbones", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--backbones", nargs="*", default=list(SETTINGS), help=f"of {', '.join(SETTINGS)}, or bundles' folders")
     rows = f"of {', '.join(ROWS)}, with options where wanted: 'default gate_stride=1 coarse=experts'"
     parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], help=rows)
     parser.add_argument("--base", default="bare", help="the row that ratios are to")
@@ -284,6 +304,9 @@ def main() -> None:
             parse(row)
         except ValueError as error:
             parser.error(str(error))
+    for backbone in args.backbones:
+        if backbone not in SETTINGS and not (Path(backbone) / "configs" / "train.yaml").is_file():
+            parser.error(f"backbone {backbone!r}: must be one of {', '.join(SETTINGS)}, or the folder of a bundle")
     options = {n: getattr(args, n) for n in ("small", "amp", "compiled", "channels_last")}
     results = []
     for backbone, row in tqdm([(b, r) for b in args.backbones for r in args.rows], desc="cost", disable=None):

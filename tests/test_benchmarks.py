@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, window
+from conftest import ROOT, TINY, window
 
 from benchmarks.cost import build, measure, parse, table
 from benchmarks.gate import main as gate
@@ -97,3 +97,14 @@ def test_the_gates_table_has_every_expert_at_every_place(task04, capsys):
     for row in rows[2:]:
         means, spreads = zip(*(map(float, cell.split(" ± ")) for cell in row[1:]))
         assert len(means) == 3 and sum(means) == pytest.approx(1, abs=0.02) and all(s > 0 for s in spreads)
+
+
+def test_a_bundles_network_is_built_as_it_trains_with_a_rows_options():
+    folder = str(ROOT / "bundles" / "hippocampus_mri_morse")
+    net, size = build(folder, "default stride=2 patch_size=[48,64,48] backbones#dynunet#filters=[8,16,32,64]", True)
+    assert size == [48, 64, 48] and net.stride == 2 and net.num_train == 2048 and net.mixture.out_channels == 16
+    assert [f.channels for f in net.decoder.info] == [32, 16, 8]
+    bare, _ = build(folder, "bare stride=2", True)
+    assert bare.mixture is None and bare.renderer is None
+    result = measure(folder, "default", 1, times=["inference"], small=True, amp=False, compiled=False, channels_last=False)
+    assert "error" not in result and result["parameters"][0] > 1
