@@ -54,10 +54,11 @@ class PointwiseMLP(nn.Module):
 
 
 class ExpertDropout(nn.Module):
-    """Standard dropout over experts, per sample: zeroed with probability alpha, survivors scaled by 1 / (1 - alpha).
+    """Standard dropout over experts, per sample: zeroed with probability alpha, survivors scaled by 1 / P(survive).
 
     Masks with fewer than ``min_active`` survivors are redrawn, i.e. drawn from the conditional distribution; at N = 3 and
-    alpha = 0.7 the literal rule (``min_active=0``) leaves 34 % of the samples without any expert.
+    alpha = 0.7 the literal rule (``min_active=0``) leaves 34 % of the samples without any expert. P(survive) is that of the
+    masks that are drawn, 1 - alpha for the literal rule alone: an expert's mean over the masks is what it is at inference.
 
     Args:
         num_experts: N, at most 12.
@@ -74,16 +75,16 @@ class ExpertDropout(nn.Module):
             raise InputError(f"dropout (alpha) must be in [0, 1), got {drop_prob}")
         if not 0 <= min_active <= num_experts <= 12:
             raise InputError(f"need 0 <= min_active <= num_experts <= 12, got {min_active} and {num_experts}")
-        self.scale = 1 / (1 - drop_prob)
         codes = torch.arange(2**num_experts).unsqueeze(1)
         masks = (torch.div(codes, 2 ** torch.arange(num_experts), rounding_mode="floor") % 2).float()
         active = masks.sum(1)
         chance = (1 - drop_prob) ** active * drop_prob ** (num_experts - active) * (active >= min_active)
+        self.scale = float(num_experts * chance.sum() / (chance * active).sum())
         self.register_buffer("masks", masks, persistent=False)
         self.register_buffer("chance", chance, persistent=False)
 
     def forward(self, batch: int) -> Tensor:
-        """Factors for the experts of ``batch`` samples, (B, N): 0 or 1 / (1 - alpha) in training, ones in eval mode."""
+        """Factors for the experts of ``batch`` samples, (B, N): 0 or 1 / P(survive) in training, ones in eval mode."""
         if not self.training:
             return torch.ones(batch, self.masks.shape[1], device=self.masks.device)
         return self.masks[torch.multinomial(self.chance, batch, replacement=True)] * self.scale
