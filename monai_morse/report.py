@@ -193,6 +193,18 @@ def _refines(name: str) -> bool:
     return "#".join(name.split("#")[:2]) in REFINEMENT
 
 
+def _matters(name: str, system: tuple[str, str]) -> bool:
+    """Whether a setting is of any effect on a system."""
+    experts, renderer = system
+    if experts == renderer == "none":
+        return not _refines(name)
+    if name == "alpha":
+        return experts == "stochastic"
+    if name == "width":
+        return experts != "none"
+    return renderer != "none" or name not in ("schedule", "lambda_rend", "coordinates", "image_patch")
+
+
 def _key(value: Any) -> str:
     return repr(value)
 
@@ -208,8 +220,7 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
     groups: dict[tuple, list[Run]] = {}
     left_out = []
     for run in runs:
-        bare = SYSTEMS.get(run.system) == "Baseline"
-        extras = {n: run.settings.get(n) for n in differ if not (bare and _refines(n))}
+        extras = {n: run.settings.get(n) for n in differ if _matters(n, run.system)}
         group = groups.setdefault((run.system, tuple((n, _key(v)) for n, v in extras.items())), [])
         same = next((r for r in group if r.repeat == run.repeat), None)
         if same is None:
@@ -223,9 +234,8 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
 
     rows = []
     for (system, key), group in sorted(groups.items(), key=order):
-        extras = {n: group[0].settings.get(n) for n in differ if group[0].settings.get(n) is not None}
-        if system == ("none", "none"):
-            extras = {n: v for n, v in extras.items() if not _refines(n)}
+        settings = group[0].settings
+        extras = {n: settings.get(n) for n in differ if settings.get(n) is not None and _matters(n, system)}
         name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(f"{n.split('#')[-1]} {v}" for n, v in extras.items())])
         training = tuple((n, v) for n, v in key if not _refines(n))  # what a run does not set is as telling as what it sets
         candidates = [g for (s, e), g in groups.items() if s == ("none", "none") and e == training]

@@ -176,6 +176,31 @@ def test_options_that_vary_name_rows_and_make_tables_3_and_4(tmp_path):
     assert table[0] == "| alpha | DSC ↑ | ASD ↓ | runs |" and [r.split(" | ")[0] for r in table[2:]] == ["| 0.5", "| 0.9"]
 
 
+def test_options_name_only_the_rows_they_matter_to(tmp_path):
+    rng = np.random.default_rng(0)
+    for alpha, width in ((0.3, 8), (0.7, 16)):
+        for i, (experts, renderer) in enumerate(itertools.product(("none", "dense", "stochastic"), ("none", "anatomical"))):
+            words = {
+                "experts": experts,
+                "renderer": renderer,
+                "width": width,
+                "schedule": f"half{alpha}",
+                "seed": int(width == 16),
+            }
+            write_run(tmp_path / f"{i}{alpha}", rng, alpha=alpha, **words)
+    ends = {
+        "Baseline": [""],
+        "+ IAR": [", schedule half0.3", ", schedule half0.7"],
+        "+ MoE": [", width 8", ", width 16"],
+        "+ SMoE": [", alpha 0.3, width 8", ", alpha 0.7, width 16"],
+        "+ IAR+MoE": [", width 8, schedule half0.3", ", width 16, schedule half0.7"],
+        "+ MORSE": [", alpha 0.3, width 8, schedule half0.3", ", alpha 0.7, width 16, schedule half0.7"],
+    }
+    rows = rows_of(read_runs(tmp_path)[0])[0]
+    assert sorted(r.name for r in rows) == sorted(name + end for name in ends for end in ends[name])
+    assert all(r.difference(0) is not None for r in rows if r.name != "Baseline")
+
+
 def test_what_the_renderer_alone_reads_is_no_other_baseline(tmp_path):
     rng = np.random.default_rng(0)
     write_run(tmp_path / "b", rng)
