@@ -178,7 +178,7 @@ def test_options_that_vary_name_rows_and_make_tables_3_and_4(tmp_path):
 
 def test_options_name_only_the_rows_they_matter_to(tmp_path):
     rng = np.random.default_rng(0)
-    for alpha, width in ((0.3, 8), (0.7, 16)):
+    for seed, (alpha, width) in enumerate(((0.3, 8), (0.7, 16))):
         for i, (experts, renderer) in enumerate(itertools.product(("none", "dense", "stochastic"), ("none", "anatomical"))):
             words = {
                 "experts": experts,
