@@ -185,7 +185,7 @@ def test_options_name_only_the_rows_they_matter_to(tmp_path):
                 "renderer": renderer,
                 "width": width,
                 "schedule": f"half{alpha}",
-                "seed": int(width == 16),
+                "seed": seed,
             }
             write_run(tmp_path / f"{i}{alpha}", rng, alpha=alpha, **words)
     ends = {
