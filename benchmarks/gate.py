@@ -20,6 +20,9 @@ import torch
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
+from monai_morse.sweep import parse_options
+from monai_morse.weights import read_checkpoint
+
 BUNDLE = Path(__file__).parents[1] / "bundles" / "hippocampus_mri_morse"
 
 
@@ -47,10 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     config = ConfigParser()
     config.read_config([BUNDLE / "configs" / name for name in ("train.yaml", *args.over)])
-    config.update({"bundle_root": str(BUNDLE), "dataset_dir": args.data, **dict(w.split("=", 1) for w in args.set)})
+    config.update({"bundle_root": str(BUNDLE), "dataset_dir": args.data, **parse_options(" ".join(args.set))})
     dataset = config.get_parsed_content("validate#dataset")
     network, inferer = config.get_parsed_content("network").eval(), config.get_parsed_content("validate#inferer")
-    network.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
+    state = read_checkpoint(args.weights, torch.device("cpu"))
+    network.load_state_dict(state.get("model", state))
     found: dict[str, list[np.ndarray]] = {}
     for case in tqdm(dataset.data[: args.cases], desc="gate", disable=None):
         seen = dataset.transform(case)
