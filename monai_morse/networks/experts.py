@@ -1,5 +1,6 @@
 """SMoE: decoder features become experts, mixed voxel by voxel by a gate and dropped at random in training."""
 
+import math
 from collections.abc import Sequence
 from typing import List
 
@@ -79,7 +80,10 @@ class ExpertDropout(nn.Module):
         masks = (torch.div(codes, 2 ** torch.arange(num_experts), rounding_mode="floor") % 2).float()
         active = masks.sum(1)
         chance = (1 - drop_prob) ** active * drop_prob ** (num_experts - active) * (active >= min_active)
-        self.scale = float(num_experts * chance.sum() / (chance * active).sum())
+        # numbers, not tensors: a network may be built on the meta device
+        n, stay = num_experts, 1 - drop_prob
+        drawn = [math.comb(n, k) * stay**k * drop_prob ** (n - k) for k in range(min_active, n + 1)]
+        self.scale = n * sum(drawn) / sum(k * d for k, d in enumerate(drawn, min_active))
         self.register_buffer("masks", masks, persistent=False)
         self.register_buffer("chance", chance, persistent=False)
 
