@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNETR
@@ -42,6 +41,7 @@ from tqdm import tqdm
 
 from benchmarks.literal import LiteralMorse
 from monai_morse import Morse, MorseLoss
+from monai_morse.sweep import parse_options
 from monai_morse.systems import BACKBONES
 
 ROWS: dict[str, dict[str, Any]] = {
@@ -80,19 +80,18 @@ def parse(row: str) -> tuple[str, dict[str, Any]]:
     if kind not in ROWS or not all("=" in c for c in changes):
         raise ValueError(f"row {row!r}: must be one of {', '.join(ROWS)}, then option=value pairs")
     options: dict[str, Any] = dict(ROWS[kind])
-    for key, value in (c.split("=", 1) for c in changes):
+    for key, value in parse_options(" ".join(changes)).items():
         group = options.setdefault(GROUPS[key], {}) if key in GROUPS else options
-        group[key] = yaml.safe_load(value)
+        group[key] = value
     return kind, options
 
 
 def build_bundle(folder: Path, row: str) -> tuple[nn.Module, list[int]]:
     """The network that a bundle trains, its options those of the row, and its patch."""
-    kind, *changes = row.split()
-    options = {**ROWS[kind], **{k: yaml.safe_load(v) for k, v in (c.split("=", 1) for c in changes)}}
+    kind, _, changes = row.partition(" ")
     config = ConfigParser()
     config.read_config(folder / "configs" / "train.yaml")
-    config.update({"bundle_root": str(folder), **options})
+    config.update({"bundle_root": str(folder), **ROWS[kind], **parse_options(changes)})
     torch.manual_seed(0)
     return config.get_parsed_content("network_def"), config.get_parsed_content("patch_size")
 
