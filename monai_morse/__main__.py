@@ -77,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument("runs", type=Path, help="folder with runs at any depth")
     report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS")
     report.add_argument("--metric", default="paper", choices=["paper", "monai"], help="whose definition of the figures")
+    report.add_argument(
+        "--against", default="Baseline", help="what differences are to: Baseline, IAR or another of the paper's systems"
+    )
 
     args = parser.parse_args(arguments)
     try:
@@ -106,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "report":
             from monai_morse.report import report as make_report
 
-            print(make_report(args.runs, args.out, args.metric))
+            print(make_report(args.runs, args.out, args.metric, args.against))
         elif args.command == "systems":
             from monai_morse.systems import systems_table
 

@@ -1,7 +1,7 @@
 """``python -m monai_morse report``: the paper's tables from the runs of a sweep, each ``run.json`` + ``metrics.csv``.
 
-Runs that differ in fold and seed alone are one row. A row's figures are means over its runs; its difference to the baseline
-is paired: the same fold, seed and case.
+Runs that differ in fold and seed alone are one row. A row's figures are means over its runs; its difference to the baseline, or
+to another of the systems, is paired: the same fold, seed and case.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ SYSTEMS = {
     ("dense", "anatomical"): "+ IAR+MoE",
     ("stochastic", "anatomical"): "+ MORSE",
 }
+NAMES = {name.removeprefix("+ "): system for system, name in SYSTEMS.items()}
 REPEATS = ("fold", "seed")
 # what the baseline does not depend on
 REFINEMENT = ("num_experts", "width", "alpha", "coarse", "schedule", "lambda_rend", "coordinates", "image_patch", "preset") + (
@@ -102,13 +103,15 @@ def _mean(values: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a row to the baseline, one figure: mean over cases, bounds of its 95 % confidence interval, Wilcoxon's p."""
+    """Of a row to the baseline, one figure: mean over cases, bounds of its 95 % confidence interval, Wilcoxon's p; and the
+    baseline's mean over the same pairs."""
 
     mean: float
     low: float
     high: float
     p: float
     cases: int
+    baseline: float
 
 
 def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], figure: int) -> Difference | None:
@@ -121,19 +124,21 @@ def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], figure: int)
         ``None`` where there is no pair.
     """
     theirs = {run.repeat: run.by_case() for run in baseline}
-    pairs = defaultdict(list)
+    pairs, bases = defaultdict(list), defaultdict(list)
     for run in ours:
         for case, values in run.by_case().items():
             other = theirs.get(run.repeat, {}).get(case)
             if other is not None and np.isfinite(values[figure] - other[figure]):
                 pairs[case].append(values[figure] - other[figure])
+                bases[case].append(other[figure])
     if not pairs:
         return None
     delta = np.array([np.mean(values) for _, values in sorted(pairs.items())])
     draws = np.random.default_rng(0).integers(0, len(delta), (10_000, len(delta)))
     low, high = np.percentile(delta[draws].mean(1), (2.5, 97.5))
     p = float(wilcoxon(delta).pvalue) if np.any(delta != 0) else 1.0
-    return Difference(float(delta.mean()), float(low), float(high), p, len(delta))
+    base = float(np.mean([np.mean(values) for values in bases.values()]))
+    return Difference(float(delta.mean()), float(low), float(high), p, len(delta), base)
 
 
 @dataclass(frozen=True)
@@ -209,8 +214,14 @@ def _key(value: Any) -> str:
     return repr(value)
 
 
-def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
-    """Rows of the runs of one bundle and backbone, the paper's systems first; and a line for each run left out as a repeat."""
+def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], list[str]]:
+    """Rows of the runs of one bundle and backbone, the paper's systems first; and a line for each run left out as a repeat.
+
+    Raises:
+        InputError: for a system to compare with that is not one of ``NAMES``.
+    """
+    one_of("against", against, NAMES)
+    reference = NAMES[against]
     names = dict.fromkeys(n for run in runs for n in run.settings)
     differ = [
         n
@@ -237,9 +248,11 @@ def rows_of(runs: Sequence[Run]) -> tuple[list[Row], list[str]]:
         settings = group[0].settings
         extras = {n: settings.get(n) for n in differ if settings.get(n) is not None and _matters(n, system)}
         name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(f"{n.split('#')[-1]} {v}" for n, v in extras.items())])
-        training = tuple((n, v) for n, v in key if not _refines(n))  # what a run does not set is as telling as what it sets
-        candidates = [g for (s, e), g in groups.items() if s == ("none", "none") and e == training]
-        baseline = group if system == ("none", "none") else next(iter(candidates), [])
+        shared = tuple(
+            (n, v) for n, v in key if _matters(n, reference)
+        )  # what a run does not set is as telling as what it sets
+        candidates = [g for (s, e), g in groups.items() if s == reference and e == shared]
+        baseline = group if system == reference else next(iter(candidates), [])
         rows.append(Row(name, extras, group, baseline))
     return rows, left_out
 
@@ -301,6 +314,20 @@ def _main_table(title: str, rows: Sequence[Row]) -> Table:
     return Table(title, header, cells)
 
 
+def _distances(title: str, rows: Sequence[Row], against: str) -> list[Table]:
+    """Both distances' differences to the baseline, in % of its own too."""
+
+    def cell(d: Difference | None) -> list[str]:
+        if d is None:
+            return ["-", "-"]
+        share = f", {100 * d.mean / d.baseline:+.0f} %" if d.baseline else ""
+        return [f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{share}", f"{d.p:.2g}"]
+
+    cells = [[row.name, *cell(row.difference(2)), *cell(row.difference(3))] for row in rows if row.difference(3) is not None]
+    header = ["Method", "Δ95HD [95 % CI]", "p", "ΔASD [95 % CI]", "p"]
+    return [Table(f"{title}: distances, difference to {against}", header, cells)] if cells else []
+
+
 def _ablation(name: str, title: str, rows: Sequence[Row]) -> list[Table]:
     """A table for each system whose rows differ in ``name`` alone."""
     groups = defaultdict(list)
@@ -353,7 +380,7 @@ def _long_form(bundle: str, backbone: str, rows: Sequence[Row]) -> list[dict[str
     return found
 
 
-def _draw(path: Path, parts: dict[str, list[Row]]) -> None:
+def _draw(path: Path, parts: dict[str, list[Row]], against: str) -> None:
     """Each row's difference to the baseline with its interval, DSC and 95HD."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -376,21 +403,22 @@ def _draw(path: Path, parts: dict[str, list[Row]]) -> None:
             axis.axvline(0, color="grey", linewidth=1)
             axis.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
             axis.set_ylim(-0.5, len(rows) - 0.5)
-            axis.set_title(f"{title}: {FIGURES[i]} - baseline's ({better})", fontsize=9)
+            axis.set_title(f"{title}: {FIGURES[i]} - {against}'s ({better})", fontsize=9)
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 
-def report(folder: Path, out: Path | None = None, metric: str = "paper") -> str:
+def report(folder: Path, out: Path | None = None, metric: str = "paper", against: str = "Baseline") -> str:
     """Make the tables; write ``report.{md,csv,tex,png}``, ``report_curves.png`` and return the Markdown.
 
     Args:
         folder: with runs at any depth.
         out: where to write; default: ``folder``.
         metric: ``"paper"`` or ``"monai"``, whose definition of the figures is used.
+        against: what differences are to, the baseline or another of the paper's systems, such as ``"IAR"``.
 
     Raises:
-        InputError: see :func:`read_runs`.
+        InputError: see :func:`read_runs` and :func:`rows_of`.
     """
     runs, notes = read_runs(folder, metric)
     out = out or folder
@@ -399,18 +427,19 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper") -> str:
         by_part[run.bundle, str(run.settings.get("backbone", ""))].append(run)
     tables, lines, parts = [], [], {}
     for (bundle, backbone), members in sorted(by_part.items()):
-        rows, left_out = rows_of(members)
+        rows, left_out = rows_of(members, against)
         notes += left_out
         title = ", ".join(filter(None, (bundle, backbone)))
         parts[title] = rows
         tables.append(_main_table(f"{title} (as the paper's tables 1 and 2; classes: DSC)", rows))
+        tables += _distances(title, rows, against)
         tables += _boundary_table(title, rows)
         tables += [t for name, words in ABLATIONS.items() for t in _ablation(name, f"{title}: {words}", rows)]
         lines += _long_form(bundle, backbone, rows)
 
     caption = (
-        f"Figures are {DEFINITION[metric]}. Means ± standard deviations over runs (folds and seeds). ΔDSC: mean difference to "
-        "the baseline over the same fold, seed and case, with its bootstrap 95 % confidence interval over cases; p: Wilcoxon's "
+        f"Figures are {DEFINITION[metric]}. Means ± standard deviations over runs (folds and seeds). Δ: mean difference to "
+        f"{against} over the same fold, seed and case, with its bootstrap 95 % confidence interval over cases; p: Wilcoxon's "
         "signed-rank test, two-sided, not corrected for the number of rows. Cases are taken as independent."
     )
     text = "\n\n".join([*(t.markdown() for t in tables), caption, *(["\n".join(f"- {n}" for n in notes)] if notes else [])])
@@ -423,7 +452,7 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper") -> str:
         writer = csv.DictWriter(file, [*columns, "difference", "low", "high", "p", "pairs"])
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
-    _draw(out / "report.png", parts)
+    _draw(out / "report.png", parts, against)
     folders = {title: {row.name: [run.folder for run in row.runs] for row in rows} for title, rows in parts.items()}
     draw_curves(out / "report_curves.png", folders)
     return text

@@ -118,12 +118,43 @@ def test_files_hold_the_tables_all_numbers_and_a_picture(sweep, tmp_path, capsys
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     latex = (out / "report.tex").read_text()
     rows = [line for line in latex.splitlines() if line.startswith(("Baseline", "+ MORSE"))]
-    assert len(rows) == 2 and all(r.count("&") == 10 and r.endswith(r"\\") and "±" not in r for r in rows)
-    assert r"95 \% CI" in latex and latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 1
+    assert [r.count("&") for r in rows] == [10, 10, 4] and all(r.endswith(r"\\") and "±" not in r for r in rows)
+    assert r"95 \% CI" in latex and latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 2
     with open(out / "report.csv") as file:
         lines = list(csv.DictReader(file))
     assert [(r["method"], r["figure"]) for r in lines[:2]] == [("Baseline", "DSC"), ("Baseline", "Jaccard")]
     assert len(lines) == 8 and lines[4]["pairs"] == "12" and float(lines[4]["low"]) < float(lines[4]["difference"])
+
+
+@pytest.mark.parametrize("against", ["Baseline", "MORSE"])
+def test_distances_are_compared_in_voxels_and_in_percent(against, sweep):
+    folder, values = sweep
+    ours, base = ("morse", "none") if against == "Baseline" else ("none", "morse")
+    text = report(folder, against=against).split(f"distances, difference to {against}**\n\n")[1].split("\n\n")[0]
+    header, _, row = (line.strip("| ").split(" | ") for line in text.splitlines())
+    assert header == ["Method", "Δ95HD [95 % CI]", "p", "ΔASD [95 % CI]", "p"]
+    assert row[0] == ("+ MORSE" if against == "Baseline" else "Baseline")
+    for cell, name in ((row[1], "paper_hd95"), (row[3], "paper_asd")):
+        means = {
+            key: statistics.mean(v[name] for k, run in values.items() if k[0] == key for v in run.values())
+            for key in (ours, base)
+        }
+        change = means[ours] - means[base]
+        assert cell.startswith(f"{change:+.3f} [") and cell.endswith(f"], {100 * change / means[base]:+.0f} %")
+
+
+def test_rows_are_compared_with_another_system_on_request(sweep):
+    folder, _ = sweep
+    rng = np.random.default_rng(2)
+    write_run(folder / "iar", rng, 0.05, renderer="anatomical", fold=1, seed=0)
+    write_run(folder / "morse0.3", rng, 0.2, experts="stochastic", renderer="anatomical", alpha=0.3, fold=1, seed=0)
+    rows = {row.name: row for row in rows_of(read_runs(folder)[0], "IAR")[0]}
+    assert set(rows) == {"Baseline", "+ IAR", "+ MORSE, alpha 0.7", "+ MORSE, alpha 0.3"}  # alpha is nothing to IAR
+    assert all(row.baseline == rows["+ IAR"].runs for row in rows.values())
+    assert rows["+ IAR"].difference(0) is None and rows["Baseline"].difference(0).cases == 6
+    assert rows["Baseline"].difference(0).mean < 0 < rows["+ MORSE, alpha 0.3"].difference(0).mean
+    with pytest.raises(InputError, match="against must be one of .*'MORSE'.*'nnU-Net'"):
+        report(folder, against="nnU-Net")
 
 
 def test_what_is_missing_is_said(sweep):
@@ -280,12 +311,24 @@ def test_bad_input_is_told(tmp_path, sweep):
         report(tmp_path)
 
 
-PUBLISHED = sorted(p.name for p in (ROOT / "docs" / "results").iterdir() if p.is_dir())
+RESULTS = ROOT / "docs" / "results"
+PUBLISHED = sorted(p.name for p in RESULTS.iterdir() if p.is_dir())
 
 
 @pytest.mark.parametrize("runs", PUBLISHED)
 def test_a_published_table_is_what_its_committed_runs_give(runs, tmp_path):
-    text = report(ROOT / "docs" / "results" / runs, tmp_path)
+    text = report(RESULTS / runs, tmp_path)
     made = [part for part in text.split("\n\n") if part.startswith("|")]
-    published = (ROOT / "docs" / "results.md").read_text()
+    published = RESULTS.with_suffix(".md").read_text()
     assert made and all(table.count("\n") > 1 and table in published for table in made)
+
+
+def test_every_row_of_the_published_tables_is_made_of_committed_runs(tmp_path):
+    made = {
+        line
+        for runs in PUBLISHED
+        for a in ("Baseline", "IAR")
+        for line in report(RESULTS / runs, tmp_path, against=a).splitlines()
+    }
+    rows = [line for line in RESULTS.with_suffix(".md").read_text().splitlines() if line.startswith(("| Baseline", "| + "))]
+    assert rows and not set(rows) - made
