@@ -5,8 +5,10 @@
     python -m benchmarks.cost --small --backbones UNETR --rows default pointrend --json cost.json
     python -m benchmarks.cost --small --backbones UNETR --rows paper --base literal --repeats 10
     python -m benchmarks.cost --backbones bundles/hippocampus_mri_morse --base "bare stride=2" --rows "default stride=2"
+    python -m benchmarks.cost --backbones bundles/hippocampus_mri_morse --over slices.yaml
 
-A backbone may be a bundle's folder: its network and patch, a row's options being names of its ``train.yaml``.
+A backbone may be a bundle's folder: its network, patch and batch size, a row's options being names of its ``train.yaml`` (or
+of what lies over it).
 
 A row and its base run in two processes of their own, in turn, repeat after repeat, so that neither heat nor other work nor the
 other's memory counts against one of them; both draw the same dropout masks and points. Time is the median of the repeats'
@@ -51,6 +53,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "pointrend": {"experts": "none", "renderer": "pointrend"},
 }
+OPTIONS = ("small", "amp", "compiled", "channels_last", "over")
 GROUPS = {"width": "mixture", "gate_stride": "mixture", "num_train": "points", "num_eval": "points"}
 SETTINGS = {  # backbone: (spatial dimensions, small window)
     "BasicUNet": (2, 128),
@@ -86,20 +89,21 @@ def parse(row: str) -> tuple[str, dict[str, Any]]:
     return kind, options
 
 
-def build_bundle(folder: Path, row: str) -> tuple[nn.Module, list[int]]:
-    """The network that a bundle trains, its options those of the row, and its patch."""
+def build_bundle(folder: Path, row: str, over: Sequence[str] = ()) -> tuple[nn.Module, list[int], int]:
+    """The network that a bundle trains, its options those of the row, its patch and batch size."""
     kind, _, changes = row.partition(" ")
     config = ConfigParser()
-    config.read_config(folder / "configs" / "train.yaml")
+    config.read_config([folder / "configs" / name for name in ("train.yaml", *over)])
     config.update({"bundle_root": str(folder), **ROWS[kind], **parse_options(changes)})
     torch.manual_seed(0)
-    return config.get_parsed_content("network_def"), config.get_parsed_content("patch_size")
+    network, size, batch = (config.get_parsed_content(name) for name in ("network_def", "patch_size", "batch_size"))
+    return network, size, batch
 
 
-def build(backbone: str, row: str, small: bool) -> tuple[nn.Module, list[int]]:
-    """The network and the size of its window."""
+def build(backbone: str, row: str, small: bool, over: Sequence[str] = ()) -> tuple[nn.Module, list[int], int]:
+    """The network, the size of its window, and how many of them a training step has."""
     if backbone not in SETTINGS:
-        return build_bundle(Path(backbone), row)
+        return build_bundle(Path(backbone), row, over)
     dims, small_side = SETTINGS[backbone]
     size = [small_side if small else {2: 256, 3: 96}[dims]] * dims
     kind, options = parse(row)
@@ -107,7 +111,7 @@ def build(backbone: str, row: str, small: bool) -> tuple[nn.Module, list[int]]:
     net: nn.Module = UNETR(1, CLASSES, size) if backbone == "UNETR" else BACKBONES[backbone].usual(dims, CLASSES)
     if row != "bare":
         net = Morse(net, **{"num_experts": BACKBONES[backbone].num_experts, **options})
-    return LiteralMorse(net) if kind == "literal" else net, size
+    return LiteralMorse(net) if kind == "literal" else net, size, 4 if dims == 2 else 2
 
 
 def peak_memory(device: torch.device) -> float:
@@ -132,24 +136,25 @@ def reset_peak(device: torch.device) -> None:
 class Bench:
     """One network in a process of its own, measured piece by piece when told to."""
 
-    def __init__(self, backbone: str, row: str, small: bool, amp: bool, compiled: bool, channels_last: bool) -> None:
+    def __init__(
+        self, backbone: str, row: str, small: bool, amp: bool, compiled: bool, channels_last: bool, over: Sequence[str]
+    ) -> None:
         warnings.simplefilter("ignore")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.before = peak_memory(self.device)
-        network, size = build(backbone, row, small)
+        network, size, batch = build(backbone, row, small, over)
         self.network = network.to(self.device)
         self.amp = amp
-        self.batch = 4 if len(size) == 2 else 2
         self.size = size
-        self.x = torch.rand(self.batch, 1, *size, device=self.device)
+        self.x = torch.rand(batch, 1, *size, device=self.device)
         if channels_last:
             layout = torch.channels_last if len(size) == 2 else torch.channels_last_3d
             self.network, self.x = self.network.to(memory_format=layout), self.x.contiguous(memory_format=layout)
         with torch.no_grad():
             classes = CLASSES if backbone in SETTINGS else self.network.eval()(self.x[:1]).shape[1]
-        self.labels = torch.randint(0, classes, (self.batch, 1, *size), device=self.device)
+        self.labels = torch.randint(0, classes, (batch, 1, *size), device=self.device)
         side = size[0] * 5 // 3
         volume = [side, side, side * 2 // 5] if len(size) == 3 else [2 * size[0], 2 * size[1]]
         self.volume = torch.rand(1, 1, *volume, device=self.device)
@@ -235,10 +240,10 @@ class Worker:
 
 
 def measure(
-    backbone: str, row: str, repeats: int, base: str = "bare", times: Sequence[str] = TIMES, **options: bool
+    backbone: str, row: str, repeats: int, base: str = "bare", times: Sequence[str] = TIMES, **options: Any
 ) -> dict[str, Any]:
     """Every figure of one row as [ratio to its base, lowest, highest repeat, mean]; ``error`` where it could not be had."""
-    arguments = (options["small"], options["amp"], options["compiled"], options["channels_last"])
+    arguments = tuple(options[name] for name in OPTIONS)
     workers = [Worker(backbone, name, *arguments) for name in (base, row)]
     result: dict[str, Any] = {"backbone": backbone, "row": row, "base": base}
     try:
@@ -288,6 +293,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="small windows, for a CPU")
     parser.add_argument("--backbones", nargs="*", default=list(SETTINGS), help=f"of {', '.join(SETTINGS)}, or bundles' folders")
+    parser.add_argument(
+        "--over", nargs="*", default=[], help="files in bundles' configs that lie over train.yaml, e.g. slices.yaml"
+    )
     rows = f"of {', '.join(ROWS)}, with options where wanted: 'default gate_stride=1 coarse=experts'"
     parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], help=rows)
     parser.add_argument("--base", default="bare", help="the row that ratios are to")
@@ -304,9 +312,11 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
     for backbone in args.backbones:
-        if backbone not in SETTINGS and not (Path(backbone) / "configs" / "train.yaml").is_file():
-            parser.error(f"backbone {backbone!r}: must be one of {', '.join(SETTINGS)}, or the folder of a bundle")
-    options = {n: getattr(args, n) for n in ("small", "amp", "compiled", "channels_last")}
+        missing = [n for n in ("train.yaml", *args.over) if not (Path(backbone) / "configs" / n).is_file()]
+        if backbone not in SETTINGS and missing:
+            where = f"the folder of a bundle; it has no configs/{missing[0]}"
+            parser.error(f"backbone {backbone!r}: must be one of {', '.join(SETTINGS)}, or {where}")
+    options = {n: getattr(args, n) for n in OPTIONS}
     results = []
     for backbone, row in tqdm([(b, r) for b in args.backbones for r in args.rows], desc="cost", disable=None):
         results.append(measure(backbone, row, args.repeats, args.base, args.times, **options))

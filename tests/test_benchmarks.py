@@ -13,6 +13,8 @@ from benchmarks.growth import slope
 from benchmarks.literal import LiteralMorse
 from monai_morse import Morse, MorseLoss
 
+OPTIONS = {"small": True, "amp": False, "compiled": False, "channels_last": False, "over": []}
+
 
 @pytest.mark.parametrize("backbone, dims", [("BasicUNet", 2), ("DynUNet", 3)])
 @pytest.mark.parametrize("experts", ["dense", "stochastic"])
@@ -55,16 +57,14 @@ def test_presets_differ_where_they_say():
 
 
 def test_a_measurement_is_a_ratio_to_the_bare_backbone_of_the_same_run():
-    options = {"small": True, "amp": False, "compiled": False, "channels_last": False}
-    result = measure("BasicUNet", "default", 1, **options)
+    result = measure("BasicUNet", "default", 1, **OPTIONS)
     assert "error" not in result
     assert 1 < result["multiply-adds"][0] < 2 and result["training step"][0] > 0 and result["memory, training"][0] > 0.5
     assert table([result]).splitlines()[2].startswith("| BasicUNet | default | ")
 
 
 def test_a_row_that_fails_says_why(monkeypatch):
-    options = {"small": True, "amp": False, "compiled": False, "channels_last": False}
-    result = measure("BasicUNet", "default width=0", 1, **options)
+    result = measure("BasicUNet", "default width=0", 1, **OPTIONS)
     assert "InputError" in result["error"] and "(InputError" in table([result])
 
 
@@ -82,7 +82,7 @@ def test_slope_of_a_square_is_two_and_of_noise_unknown():
 
 
 def test_the_bare_backbone_takes_a_stride_too():
-    bare, (strided, _) = build("BasicUNet", "bare", True)[0], build("BasicUNet", "bare stride=2", True)
+    bare, (strided, _, _) = build("BasicUNet", "bare", True)[0], build("BasicUNet", "bare stride=2", True)
     x = torch.rand(1, 1, 64, 64)
     assert strided.mixture is None and strided.renderer is None
     with torch.no_grad():
@@ -101,10 +101,12 @@ def test_the_gates_table_has_every_expert_at_every_place(task04, capsys):
 
 def test_a_bundles_network_is_built_as_it_trains_with_a_rows_options():
     folder = str(ROOT / "bundles" / "hippocampus_mri_morse")
-    net, size = build(folder, "default stride=2 patch_size=[48,64,48] backbones#dynunet#filters=[8,16,32,64]", True)
-    assert size == [48, 64, 48] and net.stride == 2 and net.num_train == 2048 and net.mixture.out_channels == 16
+    net, size, batch = build(folder, "default stride=2 patch_size=[48,64,48] backbones#dynunet#filters=[8,16,32,64]", True)
+    assert size == [48, 64, 48] and batch == 2 and net.stride == 2 and net.num_train == 2048 and net.mixture.out_channels == 16
     assert [f.channels for f in net.decoder.info] == [32, 16, 8]
-    bare, _ = build(folder, "bare stride=2", True)
+    bare = build(folder, "bare stride=2", True)[0]
     assert bare.mixture is None and bare.renderer is None
-    result = measure(folder, "default", 1, times=["inference"], small=True, amp=False, compiled=False, channels_last=False)
+    sliced, size, batch = build(folder, "default", True, ["slices.yaml"])
+    assert size == [48, 64] and batch == 8 and sliced.num_train == 256
+    result = measure(folder, "default", 1, times=["inference"], **{**OPTIONS, "over": ["slices.yaml"]})
     assert "error" not in result and result["parameters"][0] > 1
