@@ -17,6 +17,15 @@ from .resampling import resize, shrink
 __all__ = ["ExpertDropout", "Mixture", "PointwiseMLP"]
 
 
+class _Linear(nn.Conv1d):
+    """The same linear map at every position, as a matrix product: on a CPU, a convolution takes up to twice as long."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias, size = self.bias, [x.shape[0], -1, -1]
+        assert bias is not None
+        return torch.baddbmm(bias[:, None].expand(size), self.weight[:, :, 0].expand(size), x)
+
+
 class PointwiseMLP(nn.Module):
     """The same MLP at every position: a linear map and ReLU per entry of ``channels``, the last ReLU only on demand.
 
@@ -37,7 +46,7 @@ class PointwiseMLP(nn.Module):
         layers: List[nn.Module] = []
         for i, width in enumerate(channels):
             activated = last_activation or i + 1 < len(channels)
-            linear = nn.Conv1d(in_channels, width, kernel_size=1)
+            linear = _Linear(in_channels, width, kernel_size=1)
             assert linear.bias is not None
             # torch's default shrinks the signal by a factor of about 2.4 per ReLU layer
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu" if activated else "linear")
