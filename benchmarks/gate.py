@@ -3,9 +3,9 @@
     python -m benchmarks.gate --data data/Task04_Hippocampus
     python -m benchmarks.gate --data data/Task04_Hippocampus --weights RUN/model_last.pt --set stride=2 patch_size=[48,64,48]
 
-Runs the hippocampus bundle's evaluation of fold 0 with the network's ``expert_weights`` in the network's place. Printed for
-each expert, coarse to fine: the mean over voxels and their standard deviation within a case, both averaged over the cases. A
-gate whose weights do not vary over a place mixes the same everywhere there, whatever it reads.
+Runs a bundle's evaluation (the hippocampus bundle's, of fold 0) with the network's ``expert_weights`` in the network's place.
+Printed for each expert, coarse to fine: the mean over voxels and their standard deviation within a case, both averaged over
+the cases. A gate whose weights do not vary over a place mixes the same everywhere there, whatever it reads.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def spread(weights: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of MSD Task04_Hippocampus, or alike")
-    parser.add_argument("--weights", default=str(BUNDLE / "models" / "model.pt"))
+    parser.add_argument("--data", required=True, help="the bundle's dataset_dir, such as the folder of MSD Task04_Hippocampus")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="folder of another bundle")
+    parser.add_argument("--weights", help="default: the bundle's models/model.pt")
     parser.add_argument("--set", nargs="*", default=[], help="what else the weights were trained with, e.g. stride=2")
     parser.add_argument("--over", nargs="*", default=[], help="files in configs that lie over train.yaml, e.g. slices.yaml")
     parser.add_argument("--cases", type=int, default=40, help="at most")
@@ -49,11 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     warnings.simplefilter("ignore")
     config = ConfigParser()
-    config.read_config([BUNDLE / "configs" / name for name in ("train.yaml", *args.over)])
-    config.update({"bundle_root": str(BUNDLE), "dataset_dir": args.data, **parse_options(" ".join(args.set))})
+    config.read_config([args.bundle / "configs" / name for name in ("train.yaml", *args.over)])
+    config.update({"bundle_root": str(args.bundle), "dataset_dir": args.data, **parse_options(" ".join(args.set))})
     dataset = config.get_parsed_content("validate#dataset")
     network, inferer = config.get_parsed_content("network").eval(), config.get_parsed_content("validate#inferer")
-    state = read_checkpoint(args.weights, torch.device("cpu"))
+    state = read_checkpoint(args.weights or args.bundle / "models" / "model.pt", torch.device("cpu"))
     network.load_state_dict(state.get("model", state))
     found: dict[str, list[np.ndarray]] = {}
     for case in tqdm(dataset.data[: args.cases], desc="gate", disable=None):

@@ -36,10 +36,10 @@ SYSTEMS = {
 }
 NAMES = {name.removeprefix("+ "): system for system, name in SYSTEMS.items()}
 REPEATS = ("fold", "seed")
-# what the baseline does not depend on
-REFINEMENT = ("num_experts", "width", "alpha", "coarse", "schedule", "lambda_rend", "coordinates", "image_patch", "preset") + (
-    *(f"network_def#{name}" for name in ("mixture", "head", "points", "read_features")),
-)
+# settings that only some systems depend on; all others matter to the bare backbone too
+OF_EXPERTS = ("width", "network_def#mixture")
+OF_RENDERERS = ("schedule", "lambda_rend", "coordinates", "image_patch", "network_def#head", "network_def#points")
+OF_BOTH = ("num_experts", "coarse", "preset", "network_def#preset", "network_def#read_features")
 ABLATIONS = {"alpha": "Table 3, stochastic rate", "num_experts": "Table 3, N", "schedule": "Table 4, lambda_t"}
 
 FIGURES = ("DSC", "Jaccard", "95HD", "ASD")
@@ -194,20 +194,17 @@ def read_runs(folder: Path, metric: str = "paper") -> tuple[list[Run], list[str]
     return runs, others
 
 
-def _refines(name: str) -> bool:
-    return "#".join(name.split("#")[:2]) in REFINEMENT
-
-
 def _matters(name: str, system: tuple[str, str]) -> bool:
     """Whether a setting is of any effect on a system."""
-    experts, renderer = system
-    if experts == renderer == "none":
-        return not _refines(name)
+    name = "#".join(name.split("#")[:2])
+    experts, renderer = (word != "none" for word in system)
     if name == "alpha":
-        return experts == "stochastic"
-    if name == "width":
-        return experts != "none"
-    return renderer != "none" or name not in ("schedule", "lambda_rend", "coordinates", "image_patch")
+        return system[0] == "stochastic"
+    if name in OF_EXPERTS:
+        return experts
+    if name in OF_RENDERERS:
+        return renderer
+    return experts or renderer or name not in OF_BOTH
 
 
 def _key(value: Any) -> str:

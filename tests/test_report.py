@@ -244,6 +244,21 @@ def test_what_the_renderer_alone_reads_is_no_other_baseline(tmp_path):
         assert rows[f"+ IAR, oversample {k}"].baseline == rows["Baseline"].runs
 
 
+def test_what_experts_or_renderers_alone_depend_on_tells_others_not_apart(tmp_path):
+    rng = np.random.default_rng(0)
+    systems = {"Baseline": ("none", "none"), "+ MoE": ("dense", "none"), "+ IAR": ("none", "anatomical")}
+    for seed, (name, system) in itertools.product((0, 1), systems.items()):
+        words = dict(zip(("experts", "renderer"), system), seed=seed, num_experts=3 - seed)
+        words |= {"network_def#mixture#gate_stride": 4 >> seed, "network_def#head#width": 64 << seed}
+        write_run(tmp_path / f"{name}{seed}", rng, **words)
+    names = {row.name for row in rows_of(read_runs(tmp_path)[0])[0]}
+    assert names == {
+        "Baseline",
+        *(f"+ MoE, num_experts {n}, gate_stride {g}" for n, g in ((3, 4), (2, 2))),
+        *(f"+ IAR, num_experts {n}, width {w}" for n, w in ((3, 64), (2, 128))),
+    }
+
+
 def test_distances_that_do_not_exist_are_left_out(tmp_path):
     values = write_run(tmp_path / "a", np.random.default_rng(0), blank=True)
     found = statistics.mean(v["hd95_mm"] for v in values.values() if v["hd95_mm"] != "")
