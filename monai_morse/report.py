@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,14 @@ class Row:
         values = np.array([of(run) for run in self.runs], dtype=float)
         return _mean(values), values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
 
+    @cached_property
+    def _differences(self) -> list[Difference | None]:
+        if self.runs is self.baseline:
+            return [None] * len(FIGURES)
+        return [paired_difference(self.runs, self.baseline, figure) for figure in range(len(FIGURES))]
+
     def difference(self, figure: int) -> Difference | None:
-        return None if self.runs is self.baseline else paired_difference(self.runs, self.baseline, figure)
+        return self._differences[figure]
 
 
 def read_runs(folder: Path, metric: str = "paper") -> tuple[list[Run], list[str]]:
@@ -245,9 +252,8 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         settings = group[0].settings
         extras = {n: settings.get(n) for n in differ if settings.get(n) is not None and _matters(n, system)}
         name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(f"{n.split('#')[-1]} {v}" for n, v in extras.items())])
-        shared = tuple(
-            (n, v) for n, v in key if _matters(n, reference)
-        )  # what a run does not set is as telling as what it sets
+        # what a run does not set is as telling as what it sets
+        shared = tuple((n, v) for n, v in key if _matters(n, reference))
         candidates = [g for (s, e), g in groups.items() if s == reference and e == shared]
         baseline = group if system == reference else next(iter(candidates), [])
         rows.append(Row(name, extras, group, baseline))
