@@ -1,14 +1,14 @@
 """``python -m monai_morse report``: the paper's tables from the runs of a sweep, each ``run.json`` + ``metrics.csv``.
 
-Runs that differ in fold and seed alone are one row. A row's figures are means over its runs; its difference to the baseline, or
-to another of the systems, is paired: the same fold, seed and case.
+Runs that differ in fold and seed alone are one row, named by the settings in which it differs from most runs. A row's figures
+are means over its runs; its difference to the baseline, or to another of the systems, is paired: the same fold, seed and case.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,8 +218,20 @@ def _key(value: Any) -> str:
     return repr(value)
 
 
+def _usual(values: Sequence[Any]) -> Any:
+    """What most runs have, ``None`` if it is not one value alone."""
+    counts = Counter(map(_key, values))
+    most = [key for key, count in counts.items() if count == max(counts.values())]
+    return next(v for v in values if _key(v) == most[0]) if len(most) == 1 else None
+
+
+def _words(name: str, value: Any) -> str:
+    return f"{name.split('#')[-1]} {'not set' if value is None else value}"
+
+
 def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], list[str]]:
-    """Rows of the runs of one bundle and backbone, the paper's systems first; and a line for each run left out as a repeat.
+    """Rows of the runs of one bundle and backbone, the paper's systems first; and lines for what their names leave out and
+    for each run left out as a repeat.
 
     Raises:
         InputError: for a system to compare with that is not one of ``NAMES``.
@@ -232,8 +244,10 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         for n in names
         if n not in (*REPEATS, "experts", "renderer", "backbone") and len({_key(r.settings.get(n)) for r in runs}) > 1
     ]
+    usual = {n: _usual([run.settings.get(n) for run in runs if _matters(n, run.system)]) for n in differ}
+    shared_words = ", ".join(_words(n, value) for n, value in usual.items() if value is not None)
+    notes = [f"rows have, unless their names say otherwise: {shared_words}"] if shared_words else []
     groups: dict[tuple, list[Run]] = {}
-    left_out = []
     for run in runs:
         extras = {n: run.settings.get(n) for n in differ if _matters(n, run.system)}
         group = groups.setdefault((run.system, tuple((n, _key(v)) for n, v in extras.items())), [])
@@ -241,7 +255,7 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         if same is None:
             group.append(run)
         else:
-            left_out.append(f"{run.folder.name}: left out, the same as {same.folder.name}")
+            notes.append(f"{run.folder.name}: left out, the same as {same.folder.name}")
 
     def order(item: tuple) -> int:
         systems = list(SYSTEMS)
@@ -251,13 +265,14 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
     for (system, key), group in sorted(groups.items(), key=order):
         settings = group[0].settings
         extras = {n: settings.get(n) for n in differ if settings.get(n) is not None and _matters(n, system)}
-        name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(f"{n.split('#')[-1]} {v}" for n, v in extras.items())])
+        apart = [_words(n, settings.get(n)) for n in differ if _matters(n, system) and settings.get(n) != usual[n]]
+        name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *apart])
         # what a run does not set is as telling as what it sets
         shared = tuple((n, v) for n, v in key if _matters(n, reference))
         candidates = [g for (s, e), g in groups.items() if s == reference and e == shared]
         baseline = group if system == reference else next(iter(candidates), [])
         rows.append(Row(name, extras, group, baseline))
-    return rows, left_out
+    return rows, notes
 
 
 def _number(mean: float, deviation: float = math.nan, digits: int = 2) -> str:
@@ -430,8 +445,8 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper", against
         by_part[run.bundle, str(run.settings.get("backbone", ""))].append(run)
     tables, lines, parts = [], [], {}
     for (bundle, backbone), members in sorted(by_part.items()):
-        rows, left_out = rows_of(members, against)
-        notes += left_out
+        rows, more = rows_of(members, against)
+        notes += more
         title = ", ".join(filter(None, (bundle, backbone)))
         parts[title] = rows
         tables.append(_main_table(f"{title} (as the paper's tables 1 and 2; classes: DSC)", rows))
