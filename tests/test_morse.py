@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROWS, SMALL, TINY, window
-from monai.data import MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 
 from monai_morse import InputError, Morse
 from monai_morse.networks import points as P
@@ -206,6 +206,20 @@ def test_meta_tensor_in_meta_tensor_out():
     x = MetaTensor(image(2), meta={"filename_or_obj": "scan.nii.gz"})
     out = morse().eval()(x)
     assert isinstance(out, MetaTensor) and out.meta["filename_or_obj"] == "scan.nii.gz"
+
+
+def test_a_collated_batch_comes_out_as_one_and_can_be_taken_apart():
+    network = morse().eval()
+    names = ["a.nii.gz", "b.nii.gz"]
+    affines = [torch.diag(torch.tensor([s, s, s, 1.0])) for s in (1, 2)]
+    scans = [  # as LoadImage leaves them
+        {"image": MetaTensor(image(2)[0], affine=a, meta={"filename_or_obj": n, "original_channel_dim": float("nan")})}
+        for n, a in zip(names, affines)
+    ]
+    batch = next(iter(DataLoader(Dataset(scans), batch_size=2)))["image"]
+    out = decollate_batch(network(batch))
+    assert [o.meta["filename_or_obj"] for o in out] == names and [o.shape for o in out] == [network(image(2))[0].shape] * 2
+    assert all(torch.equal(o.affine.float(), a) for o, a in zip(out, affines))
 
 
 def test_threads_share_one_network():

@@ -231,7 +231,7 @@ class Morse(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(x, MetaTensor):  # its bookkeeping belongs to the result, not to every operation on the way
                 out = self.forward(x.as_tensor(), return_points, grid, placement)
-                return out if isinstance(out, tuple) or grid is not None else MetaTensor(out, meta=x.meta)
+                return MetaTensor(out).copy_meta_from(x) if isinstance(out, Tensor) and grid is None else out
         maps = self._maps(x)
         if return_points and self.renderer is None:
             none = torch.zeros([x.shape[0], 0], dtype=torch.long, device=x.device)
