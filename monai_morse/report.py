@@ -1,7 +1,8 @@
 """``python -m monai_morse report``: the paper's tables from the runs of a sweep, each ``run.json`` + ``metrics.csv``.
 
 Runs that differ in fold and seed alone are one row, named by the settings in which it differs from most runs. A row's figures
-are means over its runs; its difference to the baseline, or to another of the systems, is paired: the same fold, seed and case.
+are means over its runs; its difference to the baseline, or to another of the systems, is paired: the same fold, seed and case,
+and the same of all settings that matter to the baseline. Other baselines, e.g. a wider one, are compared with the most usual.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _mean(values: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a row to the baseline, one figure: mean over cases, bounds of its 95 % confidence interval, Wilcoxon's p; and the
+    """Of a row to its baseline, one figure: mean over cases, bounds of its 95 % confidence interval, Wilcoxon's p; and the
     baseline's mean over the same pairs."""
 
     mean: float
@@ -261,6 +262,7 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         systems = list(SYSTEMS)
         return systems.index(item[0][0]) if item[0][0] in systems else len(systems)
 
+    plain = next((g for (s, e), g in groups.items() if s == reference and all(v == _key(usual[n]) for n, v in e)), None)
     rows = []
     for (system, key), group in sorted(groups.items(), key=order):
         settings = group[0].settings
@@ -269,8 +271,7 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *apart])
         # what a run does not set is as telling as what it sets
         shared = tuple((n, v) for n, v in key if _matters(n, reference))
-        candidates = [g for (s, e), g in groups.items() if s == reference and e == shared]
-        baseline = group if system == reference else next(iter(candidates), [])
+        baseline = (plain or group) if system == reference else groups.get((reference, shared), [])
         rows.append(Row(name, extras, group, baseline))
     return rows, notes
 

@@ -244,6 +244,8 @@ def test_what_the_renderer_alone_reads_is_no_other_baseline(tmp_path):
     assert set(rows) == {"Baseline", "Baseline, filters [32, 64]", "+ IAR, oversample 3", "+ IAR, oversample 9"}
     for k in (3, 9):
         assert rows[f"+ IAR, oversample {k}"].baseline == rows["Baseline"].runs
+    wide = rows["Baseline, filters [32, 64]"]  # compared with the usual one: does width alone do as well?
+    assert wide.baseline == rows["Baseline"].runs and wide.difference(0).cases == 6
 
 
 def test_what_experts_or_renderers_alone_depend_on_tells_others_not_apart(tmp_path):
