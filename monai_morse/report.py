@@ -148,7 +148,8 @@ class Row:
     """Runs that differ in fold and seed alone."""
 
     name: str
-    extras: dict[str, Any]
+    settings: dict[str, Any]  # those that are not the same in all runs and matter to the row
+    apart: list[str]  # those of them in which it differs from most runs
     runs: list[Run]
     baseline: list[Run]
 
@@ -250,8 +251,8 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
     notes = [f"rows have, unless their names say otherwise: {shared_words}"] if shared_words else []
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        extras = {n: run.settings.get(n) for n in differ if _matters(n, run.system)}
-        group = groups.setdefault((run.system, tuple((n, _key(v)) for n, v in extras.items())), [])
+        key = tuple((n, _key(run.settings.get(n))) for n in differ if _matters(n, run.system))
+        group = groups.setdefault((run.system, key), [])
         same = next((r for r in group if r.repeat == run.repeat), None)
         if same is None:
             group.append(run)
@@ -265,14 +266,13 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
     plain = next((g for (s, e), g in groups.items() if s == reference and all(v == _key(usual[n]) for n, v in e)), None)
     rows = []
     for (system, key), group in sorted(groups.items(), key=order):
-        settings = group[0].settings
-        extras = {n: settings.get(n) for n in differ if settings.get(n) is not None and _matters(n, system)}
-        apart = [_words(n, settings.get(n)) for n in differ if _matters(n, system) and settings.get(n) != usual[n]]
-        name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *apart])
+        settings = {n: group[0].settings.get(n) for n in differ if _matters(n, system)}
+        apart = [n for n, value in settings.items() if value != usual[n]]
+        name = ", ".join([SYSTEMS.get(system, " + ".join(system)), *(_words(n, settings[n]) for n in apart)])
         # what a run does not set is as telling as what it sets
         shared = tuple((n, v) for n, v in key if _matters(n, reference))
         baseline = (plain or group) if system == reference else groups.get((reference, shared), [])
-        rows.append(Row(name, extras, group, baseline))
+        rows.append(Row(name, settings, apart, group, baseline))
     return rows, notes
 
 
@@ -351,18 +351,19 @@ def _ablation(name: str, title: str, rows: Sequence[Row]) -> list[Table]:
     """A table for each system whose rows differ in ``name`` alone."""
     groups = defaultdict(list)
     for row in rows:
-        if name in row.extras:
-            rest = tuple((n, _key(v)) for n, v in row.extras.items() if n != name)
+        if row.settings.get(name) is not None:
+            rest = tuple((n, _key(v)) for n, v in row.settings.items() if n != name)
             groups[row.system, rest].append(row)
     tables = []
-    for (system, rest), group in groups.items():
+    for (system, _), group in groups.items():
         if len(group) < 2:
             continue
         cells = []
-        for row in sorted(group, key=lambda r: (isinstance(r.extras[name], str), r.extras[name])):
+        for row in sorted(group, key=lambda r: (isinstance(r.settings[name], str), r.settings[name])):
             average = list(zip(*row.mean_and_deviation(Run.average)))
-            cells.append([str(row.extras[name]), _number(*average[0]), _number(*average[3]), str(len(row.runs))])
-        of = ", ".join([SYSTEMS.get(system, " + ".join(system)).removeprefix("+ "), *(f"{n} {v}" for n, v in rest)])
+            cells.append([str(row.settings[name]), _number(*average[0]), _number(*average[3]), str(len(row.runs))])
+        others = [_words(n, group[0].settings[n]) for n in group[0].apart if n != name]
+        of = ", ".join([SYSTEMS.get(system, " + ".join(system)).removeprefix("+ "), *others])
         tables.append(Table(f"{title}: {of}", [name, "DSC ↑", "ASD ↓", "runs"], cells))
     return tables
 
