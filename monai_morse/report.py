@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import multimode
 from typing import Any
 
 import numpy as np
@@ -222,8 +223,7 @@ def _key(value: Any) -> str:
 
 def _usual(values: Sequence[Any]) -> Any:
     """What most runs have, ``None`` if it is not one value alone."""
-    counts = Counter(map(_key, values))
-    most = [key for key, count in counts.items() if count == max(counts.values())]
+    most = multimode(map(_key, values))
     return next(v for v in values if _key(v) == most[0]) if len(most) == 1 else None
 
 
