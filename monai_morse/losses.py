@@ -61,8 +61,9 @@ class MorseLoss(nn.Module):
 
     Args:
         weight: lambda_t, default 0; :class:`monai_morse.handlers.RenderSchedule` sets it before each iteration.
-        loss: the loss on the coarse logits, default ``0.5 * cross-entropy + 0.5 * Dice``. It is called with what it would get
-            from the bare backbone, on the labels' grid.
+        loss: the loss on the coarse logits, default ``0.5 * cross-entropy + 0.5 * Dice``, Dice of each class over all of the
+            batch's voxels: that of one slice says nothing about a class the slice is without. Another one is called with what
+            it would get from the bare backbone, on the labels' grid.
         multilabel: classes do not exclude one another: a sigmoid each, and labels (B, K, *S); default False.
 
     >>> import torch
@@ -119,5 +120,7 @@ class MorseLoss(nn.Module):
         if not same_grid:
             target = resize(target, list(logits.shape[2:]))
         to_onehot_y = target.shape[1] < logits.shape[1]
-        loss = DiceCELoss(softmax=not sigmoid, sigmoid=sigmoid, to_onehot_y=to_onehot_y, lambda_dice=0.5, lambda_ce=0.5)
+        loss = DiceCELoss(
+            softmax=not sigmoid, sigmoid=sigmoid, to_onehot_y=to_onehot_y, batch=True, lambda_dice=0.5, lambda_ce=0.5
+        )
         return loss(_float(logits), target)

@@ -208,9 +208,9 @@ def most_uncertain(logits, number):
 
 
 def loss_by_hand(logits, target):
-    """0.5 cross-entropy + 0.5 Dice loss of logits (B, K, V) and shares of classes (B, K, V); K = 1 is a sigmoid."""
+    """0.5 cross-entropy + 0.5 Dice loss over the batch, of logits and shares of classes (B, K, V); K = 1 is a sigmoid."""
     batch, classes, number = logits.shape
-    entropy, dice = 0.0, 0.0
+    entropy, overlap, both = 0.0, np.zeros(classes), np.zeros(classes)
     for b in range(batch):
         p = np.zeros((classes, number))
         for v in range(number):
@@ -222,9 +222,9 @@ def loss_by_hand(logits, target):
                 p[:, v] = softmax(logits[b, :, v])
                 entropy -= sum(t * math.log(q) for t, q in zip(target[b, :, v], p[:, v])) / (batch * number)
         for k in range(classes):
-            overlap, both = (p[k] * target[b, k]).sum(), p[k].sum() + target[b, k].sum()
-            dice += (1 - (2 * overlap + 1e-5) / (both + 1e-5)) / (batch * classes)
-    return 0.5 * entropy + 0.5 * dice
+            overlap[k] += (p[k] * target[b, k]).sum()
+            both[k] += p[k].sum() + target[b, k].sum()
+    return 0.5 * entropy + 0.5 * (1 - (2 * overlap + 1e-5) / (both + 1e-5)).mean()
 
 
 def shares(labels, classes, size):
