@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from monai.losses import DeepSupervisionLoss, DiceCELoss
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.checkpoint import checkpoint
@@ -80,7 +81,8 @@ def _step(network: nn.Module, x: Tensor, call: Callable[..., Any] | None = None,
     network.zero_grad()
     call = network if call is None else call
     output = call(x, True) if isinstance(network, Morse) else call(x)
-    loss = MorseLoss(weight=1.0)(output, (3 * x).long())
+    samples = DeepSupervisionLoss(DiceCELoss(softmax=True, to_onehot_y=True))  # their mean: processes may share them out
+    loss = MorseLoss(weight=1.0, loss=samples)(output, (3 * x).long())
     (scale * loss).backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad / scale for p in network.parameters()]
     return torch.cat([g.flatten() for g in (loss.detach(), *gradients)])
