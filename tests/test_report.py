@@ -330,21 +330,21 @@ def test_bad_input_is_told(tmp_path, sweep):
         report(tmp_path)
 
 
-RESULTS = ROOT / "docs" / "results"
-PUBLISHED = sorted(p.name for p in RESULTS.iterdir() if p.is_dir())
+PAGES = [ROOT / "docs" / "results", ROOT / "docs" / "results_before"]  # .md, and a folder of runs
+PUBLISHED = sorted(runs for page in PAGES for runs in page.iterdir() if runs.is_dir())
 
 
-@pytest.mark.parametrize("runs", PUBLISHED)
+@pytest.mark.parametrize("runs", PUBLISHED, ids=lambda runs: f"{runs.parent.name}/{runs.name}")
 def test_a_published_table_is_what_its_committed_runs_give(runs, tmp_path):
-    text = report(RESULTS / runs, tmp_path)
+    text = report(runs, tmp_path)
     made = [part for part in text.split("\n\n") if part.startswith("|")]
-    published = RESULTS.with_suffix(".md").read_text()
+    published = runs.parent.with_suffix(".md").read_text()
     assert made and all(table.count("\n") > 1 and table in published for table in made)
 
 
 def test_every_row_and_every_interval_of_the_published_tables_is_made_of_committed_runs(tmp_path):
-    made = "\n".join(report(RESULTS / runs, tmp_path, against=a) for runs in PUBLISHED for a in ("Baseline", "IAR"))
-    published = RESULTS.with_suffix(".md").read_text()
+    made = "\n".join(report(runs, tmp_path, against=a) for runs in PUBLISHED for a in ("Baseline", "IAR"))
+    published = "\n".join(page.with_suffix(".md").read_text() for page in PAGES)
     rows = [line for line in published.splitlines() if line.startswith(("| Baseline", "| + "))]
     assert rows and not set(rows) - set(made.splitlines())
     intervals = re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", published)
