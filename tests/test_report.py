@@ -1,6 +1,7 @@
 """Tables from runs written here, against the same numbers worked out slowly."""
 
 import csv
+import functools
 import itertools
 import json
 import re
@@ -334,16 +335,22 @@ PAGES = [ROOT / "docs" / "results", ROOT / "docs" / "results_before"]  # .md, an
 PUBLISHED = sorted(runs for page in PAGES for runs in page.iterdir() if runs.is_dir())
 
 
+@pytest.fixture(scope="module")
+def published_report(tmp_path_factory):
+    """The report of published runs, each made once."""
+    return functools.cache(lambda runs, against="Baseline": report(runs, tmp_path_factory.mktemp("report"), against=against))
+
+
 @pytest.mark.parametrize("runs", PUBLISHED, ids=lambda runs: f"{runs.parent.name}/{runs.name}")
-def test_a_published_table_is_what_its_committed_runs_give(runs, tmp_path):
-    text = report(runs, tmp_path)
-    made = [part for part in text.split("\n\n") if part.startswith("|")]
+def test_a_published_table_is_what_its_committed_runs_give(runs, published_report):
+    made = [part for part in published_report(runs).split("\n\n") if part.startswith("|")]
     published = runs.parent.with_suffix(".md").read_text()
     assert made and all(table.count("\n") > 1 and table in published for table in made)
 
 
-def test_every_row_and_every_interval_of_the_published_tables_is_made_of_committed_runs(tmp_path):
-    made = "\n".join(report(runs, tmp_path, against=a) for runs in PUBLISHED for a in ("Baseline", "IAR"))
+def test_every_row_and_every_interval_of_the_published_tables_is_made_of_committed_runs(published_report):
+    with_iar = [runs for runs in PUBLISHED if any("experts-none_renderer-anatomical" in run.name for run in runs.iterdir())]
+    made = "\n".join([*map(published_report, PUBLISHED), *(published_report(runs, "IAR") for runs in with_iar)])
     published = "\n".join(page.with_suffix(".md").read_text() for page in PAGES)
     rows = [line for line in published.splitlines() if line.startswith(("| Baseline", "| + "))]
     assert rows and not set(rows) - set(made.splitlines())
