@@ -62,8 +62,8 @@ class MorseLoss(nn.Module):
     Args:
         weight: lambda_t, default 0; :class:`monai_morse.handlers.RenderSchedule` sets it before each iteration.
         loss: the loss on the coarse logits, default ``0.5 * cross-entropy + 0.5 * Dice``, Dice of each class over all of the
-            batch's voxels: that of one slice says nothing about a class the slice is without. Another one is called with what
-            it would get from the bare backbone, on the labels' grid.
+            batch's voxels (in several processes: of each one's batch), for that of one slice says nothing about a class the
+            slice is without. Another one is called with what it would get from the bare backbone, on the labels' grid.
         multilabel: classes do not exclude one another: a sigmoid each, and labels (B, K, *S); default False.
 
     >>> import torch
