@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import TINY
+from monai.losses import DiceCELoss
 from torch.nn.parallel import DistributedDataParallel
 
 from monai_morse import Morse, MorseLoss
@@ -16,17 +17,19 @@ ALL_POINTS = {"num_train": 16**3, "num_eval": 100}
 def train(experts, renderer, rank, processes):
     """Losses of three steps, the mean over the processes, and the weights after them.
 
-    In float64: float32's rounding depends on the batch's size and the CPU, and grows from step to step.
+    In float64: float32's rounding depends on the batch's size and the CPU, and grows from step to step. With a loss that is a
+    mean of samples, which the default is not: its Dice is that of a process's batch.
     """
     torch.manual_seed(0)
     net = Morse(TINY["DynUNet"](3, 3), experts, renderer, mixture={"width": 8}, head={"width": 8}, points=ALL_POINTS).double()
     images, labels = torch.rand(3, 4, 1, 16, 16, 16, dtype=torch.float64), torch.randint(0, 3, (3, 4, 1, 16, 16, 16))
     model = DistributedDataParallel(net, find_unused_parameters=True) if processes > 1 else net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    losses = []
+    losses, samples = [], DiceCELoss(softmax=True, to_onehot_y=True)
     for step, (image, label) in enumerate(zip(images, labels)):
         own = slice(rank, None, processes)
-        loss = MorseLoss(weight=0.5 * step)(model(image[own], return_points=True), label[own])  # 0 at first, as in a ramp
+        criterion = MorseLoss(weight=0.5 * step, loss=samples)  # 0 at first, as in a ramp
+        loss = criterion(model(image[own], return_points=True), label[own])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
