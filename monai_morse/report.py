@@ -259,6 +259,9 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         else:
             notes.append(f"{run.folder.name}: left out, the same as {same.folder.name}")
 
+    if not any(system == reference for system, _ in groups):
+        notes.append(f"there is no run of {against}, to which differences would be")
+
     def order(item: tuple) -> int:
         systems = list(SYSTEMS)
         return systems.index(item[0][0]) if item[0][0] in systems else len(systems)

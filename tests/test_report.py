@@ -155,6 +155,7 @@ def test_rows_are_compared_with_another_system_on_request(sweep):
     assert all(row.baseline == rows["+ IAR"].runs for row in rows.values())
     assert rows["+ IAR"].difference(0) is None and rows["Baseline"].difference(0).cases == 6
     assert rows["Baseline"].difference(0).mean < 0 < rows["+ MORSE, alpha 0.3"].difference(0).mean
+    assert "- there is no run of SMoE, to which" in report(folder, against="SMoE") and "there is no" not in report(folder)
     with pytest.raises(InputError, match="against must be one of .*'MORSE'.*'nnU-Net'"):
         report(folder, against="nnU-Net")
 
