@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, write_msd
 from monai.bundle import ConfigParser, ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from warm import run_module
 
 from monai_morse.data import msd_cases
 from monai_morse.errors import find_input_error
@@ -29,14 +30,14 @@ TINY = {"patch_size": "[16,16,16]", "batch_size": 2, "num_folds": 3, "val_interv
 
 def command(config, **options):
     config = config if str(config).startswith("[") else str(CONFIGS / config)
-    words = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", config]
+    words = ["monai.bundle", "run", "--config_file", config]
     for name, value in {"bundle_root": BUNDLE, "logging_file": CONFIGS / "logging.conf", **options}.items():
         words += [f"--{name}", str(value)]
     return words
 
 
 def run(config, **options):
-    return subprocess.run(command(config, **options), capture_output=True, text=True, cwd=ROOT, timeout=600)
+    return run_module(*command(config, **options), cwd=ROOT)
 
 
 def succeed(config, **options):
@@ -156,7 +157,8 @@ def test_killed_training_resumes_and_ends_with_the_same_weights(tmp_path):
     succeed("train.yaml", ckpt_dir=whole, output_dir=whole, **options)
 
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command("train.yaml", ckpt_dir=killed, output_dir=killed, **options), **quiet)
+    words = [sys.executable, "-W", "ignore", "-m", *command("train.yaml", ckpt_dir=killed, output_dir=killed, **options)]
+    process = subprocess.Popen(words, **quiet)
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
         if (killed / "model_last.pt").is_file() and torch.load(killed / "model_last.pt", weights_only=True)["epoch"] >= 2:

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +11,7 @@ from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_transunet import public_arrays, saved
+from warm import run_module
 
 from monai_morse.data import msd_cases, prepare_synapse, synapse_phantom
 from monai_morse.data.synapse import ORGANS, WINDOW
@@ -146,12 +144,11 @@ def trained(data, tmp_path_factory):
     return out
 
 
-def command(config, *more, **options):
-    words = [sys.executable, "-W", "ignore", *more, "-m", "monai.bundle", "run", "--config_file", str(config)]
+def command(config, *launcher, **options):
+    words = [*launcher, "monai.bundle", "run", "--config_file", config]
     for name, value in {"bundle_root": BUNDLE, "meta_file": None, **options}.items():
-        words += [f"--{name}", str(value)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+        words += [f"--{name}", value]
+    return run_module(*words, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
 
 
 def test_the_command_line_trains_and_evaluates_on_the_test_cases_in_3d(data, trained, tmp_path):
@@ -372,7 +369,7 @@ def test_two_processes_train_one_network(data, tmp_path):
     parser.update({**words, "iterations": 4, "epoch_length": 2})
     path = tmp_path / "train.json"
     ConfigParser.export_config_file(parser.config, str(path))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     done = command(path, *torchrun, logging_file=CONFIGS / "logging.conf")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("-- train_loss: ") == 2  # one process tells

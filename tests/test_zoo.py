@@ -3,10 +3,7 @@
 import copy
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 import warnings
 
 import nibabel as nib
@@ -26,6 +23,7 @@ from monai.bundle import (
 )
 from monai.data import MetaTensor, load_net_with_metadata
 from monai.transforms import Compose, SaveImaged
+from warm import run_module
 
 from monai_morse import Morse
 from monai_morse.data import msd_cases
@@ -195,11 +193,10 @@ def processes(files, folder, **words):
     parser.update({"bundle_root": str(BUNDLE), **TINY, **words})
     path = folder / f"{files[-1]}.json"
     ConfigParser.export_config_file(parser.config, str(path), indent=4)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "monai.bundle", "run", "--config_file", str(path), "--meta_file", FILES["meta_file"]]
     command += ["--logging_file", str(CONFIGS / "logging.conf")]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+    done = run_module(*command, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
