@@ -14,16 +14,16 @@ UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels":
 DEF = {"backbone": UNET, "num_experts": 2, "mixture": {"width": 4}, "head": {"width": 4}}
 
 
-@pytest.mark.parametrize("target", ["Morse", "monai_morse.networks.Morse"])
-def test_config_finds_morse_by_both_names(target):
+def test_config_finds_morse_by_both_names():
     code = (
         "from monai.bundle import ConfigParser\n"
-        f"p = ConfigParser({{'imports': ['$import monai_morse'], 'network_def': {dict(DEF, _target_=target)!r}}})\n"
-        "net = p.get_parsed_content('network_def')\n"
-        "print(type(net).__module__, type(net).__name__)\n"
+        "for target in ('Morse', 'monai_morse.networks.Morse'):\n"
+        f"    p = ConfigParser({{'imports': ['$import monai_morse'], 'network_def': {{**{DEF!r}, '_target_': target}}}})\n"
+        "    net = p.get_parsed_content('network_def')\n"
+        "    print(type(net).__module__, type(net).__name__)\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split()[-2:] == ["monai_morse.networks.morse", "Morse"], done.stderr
+    assert done.stdout.split()[-4:] == 2 * ["monai_morse.networks.morse", "Morse"], done.stderr
 
 
 @pytest.mark.parametrize("name", monai_morse.__all__)

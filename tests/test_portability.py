@@ -17,8 +17,9 @@ from monai_morse import InputError, Morse, portability
 from monai_morse.portability import CHECKS, portability_table
 from monai_morse.systems import BACKBONES
 
-EVERY_CHECK = [("DynUNet", 3), ("TransUNet", 2), ("UNETR", 2)]
-ONCE = {"DDP": "DynUNet", "compile": "DynUNet TransUNet"}  # slow ones, and where they are run
+EVERY_CHECK = [("DynUNet", 3), ("TransUNet", 2)]
+# slow ones; all but DDP are on every backbone in test_morse.py
+ONCE = dict.fromkeys(("DDP", "copy", "pickle", "script", "trace", "export"), "DynUNet")
 QUICK = ("autocast bf16", "autocast fp16", "checkpointing", "DataParallel")
 CASES = [(name, dims, check) for name, dims in EVERY_CHECK for check in CHECKS if name in ONCE.get(check, name)]
 CASES += [(name, 2, check) for name, b in BACKBONES.items() if 2 in b.dims for check in QUICK if (name, 2) not in EVERY_CHECK]
