@@ -106,8 +106,8 @@ def _mean(values: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a row to its baseline, one figure: mean over cases, bounds of its 95 % confidence interval, Wilcoxon's p; and the
-    baseline's mean over the same pairs."""
+    """Of a row to its baseline, one figure: mean over cases, bounds of its 95 % confidence interval, Wilcoxon's p; the
+    baseline's mean over the same pairs; and the mean over the cases of each run, which tells how far trainings are apart."""
 
     mean: float
     low: float
@@ -115,6 +115,7 @@ class Difference:
     p: float
     cases: int
     baseline: float
+    runs: tuple[float, ...]
 
 
 def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], figure: int) -> Difference | None:
@@ -127,13 +128,14 @@ def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], figure: int)
         ``None`` where there is no pair.
     """
     theirs = {run.repeat: run.by_case() for run in baseline}
-    pairs, bases = defaultdict(list), defaultdict(list)
+    pairs, bases, by_run = defaultdict(list), defaultdict(list), defaultdict(list)
     for run in ours:
         for case, values in run.by_case().items():
             other = theirs.get(run.repeat, {}).get(case)
             if other is not None and np.isfinite(values[figure] - other[figure]):
                 pairs[case].append(values[figure] - other[figure])
                 bases[case].append(other[figure])
+                by_run[run.repeat].append(values[figure] - other[figure])
     if not pairs:
         return None
     delta = np.array([np.mean(values) for _, values in sorted(pairs.items())])
@@ -141,7 +143,8 @@ def paired_difference(ours: Sequence[Run], baseline: Sequence[Run], figure: int)
     low, high = np.percentile(delta[draws].mean(1), (2.5, 97.5))
     p = float(wilcoxon(delta).pvalue) if np.any(delta != 0) else 1.0
     base = float(np.mean([np.mean(values) for values in bases.values()]))
-    return Difference(float(delta.mean()), float(low), float(high), p, len(delta), base)
+    means = tuple(float(np.mean(values)) for values in by_run.values())
+    return Difference(float(delta.mean()), float(low), float(high), p, len(delta), base, means)
 
 
 @dataclass(frozen=True)
@@ -286,7 +289,10 @@ def _number(mean: float, deviation: float = math.nan, digits: int = 2) -> str:
 
 
 def _signed(d: Difference | None) -> list[str]:
-    return ["-", "-"] if d is None else [f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]", f"{d.p:.2g}"]
+    if d is None:
+        return ["-", "-", "-"]
+    apart = f"{min(d.runs):+.2f} to {max(d.runs):+.2f}" if len(d.runs) > 1 else "-"
+    return [f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]", apart, f"{d.p:.2g}"]
 
 
 @dataclass(frozen=True)
@@ -325,7 +331,7 @@ def _main_table(title: str, rows: Sequence[Row]) -> Table:
     classes = list(dict.fromkeys(c for row in rows for run in row.runs for c in run.by_class()))
     runs, cases = max(len(r.runs) for r in rows), max(r.cases for r in rows)
     arrows = [f"{figure} {'↑' if i < 2 else '↓'}" for i, figure in enumerate(FIGURES)]
-    header = ["Method", *arrows, *classes, "ΔDSC [95 % CI]", "p", "runs", "cases"]
+    header = ["Method", *arrows, *classes, "ΔDSC [95 % CI]", "of single runs", "p", "runs", "cases"]
     cells = []
     for row in rows:
         average = row.mean_and_deviation(Run.average)
@@ -399,12 +405,13 @@ def _long_form(bundle: str, backbone: str, rows: Sequence[Row]) -> list[dict[str
             line = {"bundle": bundle, "backbone": backbone, "method": row.name, "figure": figure, "runs": len(row.runs)}
             line |= {"cases": row.cases, "mean": average[0][i], "deviation": average[1][i]}
             line |= {n: getattr(d, n, "") for n in ("low", "high", "p")} | {"difference": d.mean if d else ""}
+            line |= {"lowest_run": min(d.runs) if d else "", "highest_run": max(d.runs) if d else ""}
             found.append(line | {"pairs": d.cases if d else 0})
     return found
 
 
 def _draw(path: Path, parts: dict[str, list[Row]], against: str) -> None:
-    """Each row's difference to the baseline with its interval, DSC and 95HD."""
+    """Each row's difference to the baseline with its interval, and in dots those of its runs, DSC and 95HD."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -422,6 +429,7 @@ def _draw(path: Path, parts: dict[str, list[Row]], against: str) -> None:
             for y, row in enumerate(reversed(rows)):
                 d = row.difference(i)
                 if d is not None:
+                    axis.plot(d.runs, [y] * len(d.runs), ".", color="grey")
                     axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color="C0", capsize=3)
             axis.axvline(0, color="grey", linewidth=1)
             axis.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
@@ -463,7 +471,8 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper", against
     caption = (
         f"Figures are {DEFINITION[metric]}. Means ± standard deviations over runs (folds and seeds). Δ: mean difference to "
         f"{against} over the same fold, seed and case, with its bootstrap 95 % confidence interval over cases; p: Wilcoxon's "
-        "signed-rank test, two-sided, not corrected for the number of rows. Cases are taken as independent."
+        "signed-rank test, two-sided, not corrected for the number of rows. Cases are taken as independent. "
+        "Neither knows how far trainings are apart: that is what the lowest and the highest difference of single runs are for."
     )
     text = "\n\n".join([*(t.markdown() for t in tables), caption, *(["\n".join(f"- {n}" for n in notes)] if notes else [])])
     latex = "\n\n".join(["% needs \\usepackage{booktabs}", *(t.latex() for t in tables), f"% {caption}"])
@@ -472,7 +481,7 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper", against
             partial.write_text(content + "\n")
     columns = ["bundle", "backbone", "method", "figure", "runs", "cases", "mean", "deviation"]
     with written_whole(out / "report.csv") as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, "difference", "low", "high", "p", "pairs"])
+        writer = csv.DictWriter(file, [*columns, "difference", "low", "high", "p", "lowest_run", "highest_run", "pairs"])
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
     _draw(out / "report.png", parts, against)

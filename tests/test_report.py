@@ -79,7 +79,7 @@ def test_means_and_deviations_are_over_runs_of_means_over_classes(metric, names,
 
 def test_the_difference_is_paired_by_fold_seed_and_case_and_tested_over_cases(sweep):
     folder, values = sweep
-    deltas = []
+    deltas, by_run = [], {}
     for fold, case in itertools.product((0, 1), range(6)):
         seeds = []
         for seed in (0, 1):
@@ -88,6 +88,7 @@ def test_the_difference_is_paired_by_fold_seed_and_case_and_tested_over_cases(sw
                 for key in ("morse", "none")
             )
             seeds.append(ours - base)
+            by_run.setdefault((fold, seed), []).append(ours - base)
         deltas.append(statistics.mean(seeds))
     rows, _ = rows_of(read_runs(folder)[0])
     found = rows[1].difference(0)
@@ -99,7 +100,10 @@ def test_the_difference_is_paired_by_fold_seed_and_case_and_tested_over_cases(sw
     assert found.low < found.mean < found.high
     assert found == rows[1].difference(0)  # a fixed seed
     assert rows[0].difference(0) is None and paired_difference(rows[1].runs, [], 0) is None
+    of_runs = sorted(map(statistics.mean, by_run.values()))
+    assert sorted(found.runs) == pytest.approx(of_runs) and len(of_runs) == 4
     text = cells(report(folder))["+ MORSE"]
+    assert text["of single runs"] == f"{of_runs[0]:+.2f} to {of_runs[-1]:+.2f}"
     assert text["ΔDSC [95 % CI]"] == f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
     assert text["p"] == f"{found.p:.2g}"
 
@@ -110,6 +114,7 @@ def test_equal_runs_differ_by_nothing(tmp_path):
     rows, _ = rows_of(read_runs(tmp_path)[0])
     d = rows[1].difference(0)
     assert (d.mean, d.low, d.high, d.p) == (0, 0, 0, 1)
+    assert cells(report(tmp_path))["+ MoE"]["of single runs"] == "-"
 
 
 def test_files_hold_the_tables_all_numbers_and_a_picture(sweep, tmp_path, capsys):
@@ -120,12 +125,13 @@ def test_files_hold_the_tables_all_numbers_and_a_picture(sweep, tmp_path, capsys
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     latex = (out / "report.tex").read_text()
     rows = [line for line in latex.splitlines() if line.startswith(("Baseline", "+ MORSE"))]
-    assert [r.count("&") for r in rows] == [10, 10, 4] and all(r.endswith(r"\\") and "±" not in r for r in rows)
+    assert [r.count("&") for r in rows] == [11, 11, 4] and all(r.endswith(r"\\") and "±" not in r for r in rows)
     assert r"95 \% CI" in latex and latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 2
     with open(out / "report.csv") as file:
         lines = list(csv.DictReader(file))
     assert [(r["method"], r["figure"]) for r in lines[:2]] == [("Baseline", "DSC"), ("Baseline", "Jaccard")]
     assert len(lines) == 8 and lines[4]["pairs"] == "12" and float(lines[4]["low"]) < float(lines[4]["difference"])
+    assert float(lines[4]["lowest_run"]) < float(lines[4]["difference"]) < float(lines[4]["highest_run"])
 
 
 @pytest.mark.parametrize("against", ["Baseline", "MORSE"])
