@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, write_msd
 from monai.bundle import ConfigParser, ConfigWorkflow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from warm import run_module
+from warm import bundle_run, run_module
 
 from monai_morse.data import msd_cases
 from monai_morse.errors import find_input_error
@@ -30,10 +30,7 @@ TINY = {"patch_size": "[16,16,16]", "batch_size": 2, "num_folds": 3, "val_interv
 
 def command(config, **options):
     config = config if str(config).startswith("[") else str(CONFIGS / config)
-    words = ["monai.bundle", "run", "--config_file", config]
-    for name, value in {"bundle_root": BUNDLE, "logging_file": CONFIGS / "logging.conf", **options}.items():
-        words += [f"--{name}", str(value)]
-    return words
+    return bundle_run(config, **{"bundle_root": BUNDLE, "logging_file": CONFIGS / "logging.conf", **options})
 
 
 def run(config, **options):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, write_msd
 from monai.bundle import ConfigWorkflow
-from warm import run_module
+from warm import bundle_run, run_module
 
 from monai_morse.errors import find_input_error
 
@@ -94,10 +94,7 @@ def test_what_does_not_match_at_all_is_an_error(data, tmp_path):
 
 def test_the_command_of_the_docs_trains_and_its_weights_segment(data, tmp_path):
     def run(config, **options):
-        words = ["monai.bundle", "run", "--config_file", config]
-        for name, value in {"bundle_root": ".", "patch_size": "[16,16,16]", **options}.items():
-            words += [f"--{name}", str(value)]
-        done = run_module(*words, cwd=BUNDLE)
+        done = run_module(*bundle_run(config, bundle_root=".", patch_size="[16,16,16]", **options), cwd=BUNDLE)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
 

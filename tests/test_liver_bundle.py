@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, real_data, write_dicom, write_msd
 from monai.bundle import ConfigParser, ConfigWorkflow
-from warm import run_module
+from warm import TORCHRUN, bundle_run, run_module
 
 import monai_morse.data
 from monai_morse.data import dicom_scans, mpmri, msd_cases, phantom_mpmri, prepare_mpmri, read_scan, write_phantom
@@ -143,10 +143,7 @@ def test_thirty_thousand_iterations_are_the_epochs_that_make_them(tmp_path):
 
 def test_the_documented_command_trains_and_its_weights_are_evaluated(liver, tmp_path):
     words = {"backbone": "unetr", "experts": "stochastic", "renderer": "anatomical", **folders(liver, tmp_path)}
-    command = ["monai.bundle", "run", "--config_file", "configs/train.yaml"]
-    for name, value in {**TINY, **words}.items():
-        command += [f"--{name}", str(value)]
-    done = run_module(*command, cwd=BUNDLE)
+    done = run_module(*bundle_run("configs/train.yaml", **{**TINY, **words}), cwd=BUNDLE)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     run_here("train", ["train", "evaluate"], **words)
     with open(tmp_path / "metrics.csv") as file:
@@ -236,10 +233,8 @@ def processes(configs, folder, **words):
     parser.read_config([str(CONFIGS / f"{c}.yaml") for c in configs])
     parser.update({"bundle_root": str(BUNDLE), **TINY, **words})
     ConfigParser.export_config_file(parser.config, str(folder / "run.json"), indent=4)
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "monai.bundle", "run", "--config_file", str(folder / "run.json")]
-    command += ["--logging_file", str(CONFIGS / "logging.conf")]
-    done = run_module(*command, cwd=ROOT, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    command = bundle_run(folder / "run.json", logging_file=CONFIGS / "logging.conf")
+    done = run_module(*TORCHRUN, *command, cwd=ROOT, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_transunet import public_arrays, saved
-from warm import run_module
+from warm import TORCHRUN, bundle_run, run_module
 
 from monai_morse.data import msd_cases, prepare_synapse, synapse_phantom
 from monai_morse.data.synapse import ORGANS, WINDOW
@@ -145,10 +145,8 @@ def trained(data, tmp_path_factory):
 
 
 def command(config, *launcher, **options):
-    words = [*launcher, "monai.bundle", "run", "--config_file", config]
-    for name, value in {"bundle_root": BUNDLE, "meta_file": None, **options}.items():
-        words += [f"--{name}", value]
-    return run_module(*words, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
+    words = bundle_run(config, bundle_root=BUNDLE, meta_file=None, **options)
+    return run_module(*launcher, *words, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
 
 
 def test_the_command_line_trains_and_evaluates_on_the_test_cases_in_3d(data, trained, tmp_path):
@@ -369,8 +367,7 @@ def test_two_processes_train_one_network(data, tmp_path):
     parser.update({**words, "iterations": 4, "epoch_length": 2})
     path = tmp_path / "train.json"
     ConfigParser.export_config_file(parser.config, str(path))
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    done = command(path, *torchrun, logging_file=CONFIGS / "logging.conf")
+    done = command(path, *TORCHRUN, logging_file=CONFIGS / "logging.conf")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("-- train_loss: ") == 2  # one process tells
     last = torch.load(tmp_path / "model_last.pt", weights_only=True)

@@ -23,7 +23,7 @@ from monai.bundle import (
 )
 from monai.data import MetaTensor, load_net_with_metadata
 from monai.transforms import Compose, SaveImaged
-from warm import run_module
+from warm import TORCHRUN, bundle_run, run_module
 
 from monai_morse import Morse
 from monai_morse.data import msd_cases
@@ -193,10 +193,8 @@ def processes(files, folder, **words):
     parser.update({"bundle_root": str(BUNDLE), **TINY, **words})
     path = folder / f"{files[-1]}.json"
     ConfigParser.export_config_file(parser.config, str(path), indent=4)
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "monai.bundle", "run", "--config_file", str(path), "--meta_file", FILES["meta_file"]]
-    command += ["--logging_file", str(CONFIGS / "logging.conf")]
-    done = run_module(*command, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
+    command = bundle_run(path, meta_file=FILES["meta_file"], logging_file=CONFIGS / "logging.conf")
+    done = run_module(*TORCHRUN, *command, cwd=ROOT, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

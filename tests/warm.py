@@ -11,6 +11,7 @@ from pathlib import Path
 
 WARM = multiprocessing.get_context("forkserver")
 WARM.set_forkserver_preload(["fire", "ignite.engine", "monai.bundle", "monai.engines", "monai.handlers", "monai_morse"])
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")  # before a module's words: two processes
 
 
 def _program(words, cwd, env, out, err):
@@ -26,6 +27,14 @@ def _program(words, cwd, env, out, err):
     except Exception:
         sys.excepthook(*sys.exc_info())  # which a process of multiprocessing would not ask
         sys.exit(1)
+
+
+def bundle_run(config, **options):
+    """The words behind ``python -m`` of a bundle's run with these options."""
+    words = ["monai.bundle", "run", "--config_file", str(config)]
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 def run_module(*words, cwd, timeout=600, **env):
