@@ -14,7 +14,9 @@ A row and its base run in two processes of their own, in turn, repeat after repe
 other's memory counts against one of them; both draw the same dropout masks and points. Time is the median of the repeats'
 ratios with the lowest and the highest, and of training steps, whose cost depends on the mask, the ratio of the sums ("mean").
 Memory is what the process needed at its peak beyond what it needed before the network was built (on CUDA,
-``max_memory_allocated``); multiply-adds are those of torch's FlopCounterMode, half its count.
+``max_memory_allocated``); multiply-adds are those of torch's FlopCounterMode, half its count. Operations are what PyTorch
+dispatches, views left out: on a GPU each is a kernel to be launched, and of a small network that takes longer than to run it.
+Those of a training step are without the optimizer's.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from monai.bundle import ConfigParser
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -71,9 +74,12 @@ FIGURES = (
     "sliding window",
     "memory, training",
     "memory, inference",
+    "operations, training",
+    "operations, inference",
     "multiply-adds",
     "parameters",
 )
+NO_KERNEL = ("detach", "empty", "_unsafe_view", "promote_types", "_local_scalar_dense")
 CLASSES = 9
 
 
@@ -133,6 +139,16 @@ def reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched and not a view."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func.overloadpacket.__name__ in NO_KERNEL)
+        return func(*args, **(kwargs or {}))
+
+
 class Bench:
     """One network in a process of its own, measured piece by piece when told to."""
 
@@ -181,9 +197,19 @@ class Bench:
     def _slide(self) -> Tensor:
         return self.inferer(self.volume, self.call)
 
+    def _backward(self, call: Callable[..., Any]) -> None:
+        self.loss(call(self.x, return_points=True) if self.morse else call(self.x), self.labels).backward()
+
+    def operations(self, figure: str) -> int:
+        training = figure == "training step"
+        self.network.train(training)
+        with torch.set_grad_enabled(training), Operations() as counter:
+            self._backward(self.network) if training else self.network(self.x[:1])
+        self.optimizer.zero_grad()
+        return counter.count
+
     def _train(self) -> None:
-        output = self.call(self.x, return_points=True) if self.morse else self.call(self.x)
-        self.loss(output, self.labels).backward()
+        self._backward(self.call)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -260,10 +286,12 @@ def measure(
             mean = sum(b for _, b in pairs) / sum(a for a, _ in pairs)
             result[figure] = [statistics.median(ratios), ratios[0], ratios[-1], mean]
             if figure != "sliding window":
+                kind = "training" if figure == "training step" else "inference"
                 bare_memory, own_memory = (w("memory") for w in workers)
-                result["memory, training" if figure == "training step" else "memory, inference"] = [
-                    own_memory / bare_memory
-                ] * 4
+                result[f"memory, {kind}"] = [own_memory / bare_memory] * 4
+                bare_count, own_count = (w("operations", figure) for w in workers)
+                result[f"operations, {kind}"] = [own_count / bare_count] * 4
+                result[f"absolute operations of base, {kind}"] = bare_count
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     finally:

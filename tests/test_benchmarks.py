@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, window
 
-from benchmarks.cost import build, measure, parse, table
+from benchmarks.cost import Operations, build, measure, parse, table
 from benchmarks.gate import main as gate
 from benchmarks.growth import slope
 from benchmarks.literal import LiteralMorse
@@ -61,6 +61,26 @@ def test_a_measurement_is_a_ratio_to_the_bare_backbone_of_the_same_run():
     assert "error" not in result
     assert 1 < result["multiply-adds"][0] < 2 and result["training step"][0] > 0 and result["memory, training"][0] > 0.5
     assert table([result]).splitlines()[2].startswith("| BasicUNet | default | ")
+
+
+def test_operations_are_what_is_computed_and_not_what_is_looked_at_in_another_way():
+    x = torch.rand(3, 4)
+    with Operations() as counter:
+        (x.t()[1:].reshape(-1) * 2).unsqueeze(0).sum()  # a copy, a product, a sum
+    assert counter.count == 3
+
+
+def test_a_3d_renderer_launches_hardly_more_than_a_2d_one():
+    added = []
+    for dims in (2, 3):
+        counts = []
+        for renderer in ("none", "anatomical"):
+            net = Morse(TINY["BasicUNet"](dims, 3), "none", renderer).eval()
+            with torch.no_grad(), Operations() as counter:
+                net(window("BasicUNet", dims))
+            counts.append(counter.count)
+        added.append(counts[1] - counts[0])
+    assert added[1] < 1.5 * added[0]
 
 
 def test_a_row_that_fails_says_why(monkeypatch):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from monai_morse.errors import InputError
 
 from . import streaming
-from .points import corners, gather_points, sample_linear, weigh_corners
+from .points import corners, exporting, gather_points, sample_linear, weigh_corners
 from .resampling import resize, shrink
 
 __all__ = ["ExpertDropout", "Mixture", "PointwiseMLP"]
@@ -108,13 +108,6 @@ def keep_expert(expert: Tensor, factor: Tensor) -> Tensor:
     return expert * factor.to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
 
 
-def _fewer(reads: int, voxels: int) -> bool:
-    if not torch.jit.is_scripting():
-        if getattr(torch.compiler, "is_exporting", bool)():
-            return True  # the answer of one window size would become a condition on all
-    return reads < voxels
-
-
 class Mixture(nn.Module):
     """Equations 1 and 2: ``W = softmax(gate([F_1..F_N]))``, ``x_out = MLP(sum_i W_i F_i)``.
 
@@ -208,8 +201,9 @@ class Mixture(nn.Module):
         weights = sample_linear(gate_logits, coordinates).softmax(dim=1)
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
-            index, weight = corners(coordinates, list(features[i].shape[2:]))
-            if _fewer(index.shape[1], features[i][0, 0].numel()):
+            # exported, the answer of one window size would become a condition on all
+            if exporting() or coordinates.shape[1] * 2 ** coordinates.shape[2] < features[i][0, 0].numel():
+                index, weight = corners(coordinates, list(features[i].shape[2:]))
                 expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
             else:
                 expert = sample_linear(mlp(features[i]), coordinates)

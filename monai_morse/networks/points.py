@@ -67,6 +67,13 @@ class PointSelection:
             raise InputError(f"points: importance_ratio (rho) must be in [0, 1], got {self.importance_ratio}")
 
 
+def exporting() -> bool:
+    """Whether the network is being exported: what it does then must hold for any window and in other runtimes."""
+    if not torch.jit.is_scripting():
+        return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()) or torch.onnx.is_in_onnx_export()
+    return False
+
+
 def uncertainty(logits: Tensor, multilabel: bool = False) -> Tensor:
     """Second largest minus largest logit of each voxel: at most 0, and 0 where two classes tie.
 
@@ -194,7 +201,7 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
     """Linear interpolation of ``x`` at continuous coordinates, edge values held beyond the outermost voxel centres.
 
     At the voxel centres of a finer grid this equals ``interpolate(x, mode="bilinear"|"trilinear", align_corners=False)``
-    there. In 3D it is spelled out with ``gather``, as fast on a CPU, because ONNX has no 3D ``grid_sample``.
+    there. An exported 3D network spells ``grid_sample`` out with ``gather``, for few runtimes have it in 3D.
 
     Args:
         x: (B, C, *S). coordinates: (B, P, len(S)) in [-1, 1], axes ordered like ``S``.
@@ -205,13 +212,14 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
     >>> sample_linear(torch.tensor([[[[0.0, 1.0, 2.0]]]]), torch.tensor([[[0.0, 0.0], [0.0, 1 / 3]]]))
     tensor([[[1.0000, 1.5000]]])
     """
-    if x.ndim == 4:
-        dtype = torch.promote_types(torch.promote_types(x.dtype, coordinates.dtype), torch.float32)
-        grid = coordinates.to(dtype).flip(2).unsqueeze(2)  # its axes are ordered (x, y)
-        sampled = F.grid_sample(x.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False)
-        return sampled.squeeze(3).to(x.dtype)
-    index, weight = corners(coordinates, list(x.shape[2:]))
-    return weigh_corners(gather_points(x, index), weight)
+    if x.ndim == 5 and exporting():
+        index, weight = corners(coordinates, list(x.shape[2:]))
+        return weigh_corners(gather_points(x, index), weight)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, coordinates.dtype), torch.float32)
+    size = [x.shape[0], -1] + [1] * (x.ndim - 3) + [x.ndim - 2]
+    grid = coordinates.to(dtype).flip(2).reshape(size)  # its axes are ordered (x, y, z)
+    sampled = F.grid_sample(x.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.flatten(2).to(x.dtype)
 
 
 def sample_patch(x: Tensor, coordinates: Tensor, side: int) -> Tensor:
@@ -255,18 +263,19 @@ def corners(coordinates: Tensor, size: List[int]) -> Tuple[Tensor, Tensor]:
         flat voxel indices (B, M P), corner by corner, and weights (B, M, P) that sum to 1 over the M = 2^len(S) corners.
     """
     coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
-    indices = [torch.zeros(coordinates.shape[:2], dtype=torch.long, device=coordinates.device)]
-    weights = [torch.ones(coordinates.shape[:2], dtype=coordinates.dtype, device=coordinates.device)]
+    steps = torch.arange(2, device=coordinates.device)[:, None]
+    index = torch.zeros_like(coordinates[:, None, :, 0], dtype=torch.long)
+    weight = torch.ones_like(coordinates[:, None, :, 0])
     for axis in range(coordinates.shape[2]):
         length = size[axis]
-        position = (((coordinates[..., axis] + 1) * length - 1) / 2).clamp(0, length - 1)
+        position = (((coordinates[:, None, :, axis] + 1) * length - 1) / 2).clamp(0, length - 1)
         low = position.floor()
         fraction = position - low
-        low_index = low.long()
-        high_index = (low_index + 1).clamp(max=length - 1)
-        indices = [i * length + low_index for i in indices] + [i * length + high_index for i in indices]
-        weights = [w * (1 - fraction) for w in weights] + [w * fraction for w in weights]
-    return torch.cat(indices, dim=1), torch.stack(weights, dim=1)
+        voxels = (low.long() + steps).clamp(max=length - 1)
+        shares = torch.cat([1 - fraction, fraction], dim=1)
+        index = (index.unsqueeze(2) * length + voxels.unsqueeze(1)).flatten(1, 2)
+        weight = (weight.unsqueeze(2) * shares.unsqueeze(1)).flatten(1, 2)
+    return index.flatten(1), weight
 
 
 def weigh_corners(values: Tensor, weight: Tensor) -> Tensor:
