@@ -128,8 +128,6 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
         if not (data / "dataset.json").is_file() or not read_listing(data).get("training"):
             write_phantom(data, PATIENTS)
     data = data.resolve()
-    if not data.is_dir():
-        raise InputError(f"no dataset folder at {data}; give the one that holds dataset.json with --data (make demo DATA=..)")
     class_names = msd_class_names(data)
     in_channels = len(read_listing(data).get("modality", {"0": ""}))
     train, held_back = (msd_cases(data, split) for split in ("train", "val"))

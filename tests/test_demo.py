@@ -51,7 +51,7 @@ def test_table_tells_how_many_cases_a_mean_is_of(tmp_path):
 
 
 def test_broken_data_is_an_error_before_anything_runs(msd, tmp_path):
-    with pytest.raises(InputError, match="no dataset folder at .*nowhere.* with --data"):
+    with pytest.raises(InputError, match="no dataset folder at .*nowhere.* with --dataset_dir .*: --data, or make demo DATA="):
         run_demo(tmp_path / "out", tmp_path / "nowhere")
     (msd / "imagesTr/case_1.nii.gz").unlink()
     with pytest.raises(InputError, match="case_1.nii.gz: the file does not exist"):

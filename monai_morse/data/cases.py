@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def read_listing(dataset_dir: str | Path) -> dict:
     listing = Path(dataset_dir) / "dataset.json"
     if not Path(dataset_dir).is_dir():
-        raise InputError(f"no dataset folder at {dataset_dir}; give the folder that holds dataset.json with --dataset_dir")
+        where = "with --dataset_dir (the demo: --data, or make demo DATA=..)"
+        raise InputError(f"no dataset folder at {dataset_dir}; give the folder that holds dataset.json {where}")
     if not listing.is_file():
         raise InputError(f"{listing} does not exist; the folder must have the MSD layout: dataset.json, imagesTr/, labelsTr/")
     try:
