@@ -31,7 +31,7 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +203,16 @@ class Bench:
     def operations(self, figure: str) -> int:
         training = figure == "training step"
         self.network.train(training)
-        with torch.set_grad_enabled(training), Operations() as counter:
+        torch.manual_seed(0)
+        with self._setting(training), Operations() as counter:
             self._backward(self.network) if training else self.network(self.x[:1])
         self.optimizer.zero_grad()
         return counter.count
+
+    @contextlib.contextmanager
+    def _setting(self, training: bool) -> Iterator[None]:
+        with torch.set_grad_enabled(training), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            yield
 
     def _train(self) -> None:
         self._backward(self.call)
@@ -223,7 +229,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with torch.set_grad_enabled(training), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with self._setting(training):
             job()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
