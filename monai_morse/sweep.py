@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from monai.bundle import ConfigParser
 from tqdm import tqdm
@@ -204,6 +205,8 @@ def run_cell(folder: Path, record: dict[str, Any], commands: Sequence[list[str]]
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     started = time.time()
+    # trainings on unlike devices draw other points and masks
+    record = {**record, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()}
     (folder / "metrics.csv").unlink(missing_ok=True)
     with open(folder / "log.txt", "a") as log:
         for i, command in enumerate(commands):
