@@ -283,6 +283,19 @@ def test_training_and_inference_build_the_same_network():
     assert inference["num_classes"] == len(train["class_names"]) + 1
 
 
+@pytest.mark.parametrize("over, patch", [([], [16, 32, 48]), (["slices"], [32, 48])])
+@pytest.mark.parametrize("backbone", ["dynunet", "segresnet", "unetr"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_each_backbone_is_a_word_away(backbone, over, patch, stride):
+    parser = ConfigParser()
+    parser.read_config([str(CONFIGS / f"{n}.yaml") for n in ("train", *over)])
+    patch = [stride * n for n in patch]
+    parser.update({"backbone": backbone, "patch_size": patch, "stride": stride})
+    net = parser.get_parsed_content("network_def")
+    assert type(net.decoder.backbone).__name__.lower() == backbone
+    assert net.eval()(torch.rand(1, 1, *patch)).shape == (1, 3, *patch)
+
+
 def test_metadata_has_its_version_in_the_changelog_and_names_the_classes():
     meta = json.loads((CONFIGS / "metadata.json").read_text())
     assert meta["version"] in meta["changelog"]
