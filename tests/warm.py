@@ -10,7 +10,8 @@ import warnings
 from pathlib import Path
 
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["fire", "ignite.engine", "monai.bundle", "monai.engines", "monai.handlers", "monai_morse"])
+MONAI = ["ignite.engine", "monai.bundle", "monai.engines", "monai.handlers"]
+WARM.set_forkserver_preload(["fire", "torch._dynamo", *MONAI, "monai_morse", "monai_morse.data", "monai_morse.engines"])
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")  # before a module's words: two processes
 
 
