@@ -420,7 +420,7 @@ def _draw(path: Path, parts: dict[str, list[Row]], against: str) -> None:
     if not shown:
         path.unlink(missing_ok=True)
         return
-    heights = [len(rows) + 1.5 for rows in shown.values()]
+    heights = [len(rows) + 2 for rows in shown.values()]
     figure = Figure(figsize=(10, 0.4 * sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(shown), 2, squeeze=False, sharey="row", height_ratios=heights)
@@ -434,7 +434,8 @@ def _draw(path: Path, parts: dict[str, list[Row]], against: str) -> None:
             axis.axvline(0, color="grey", linewidth=1)
             axis.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
             axis.set_ylim(-0.5, len(rows) - 0.5)
-            axis.set_title(f"{title}: {FIGURES[i]} - {against}'s ({better})", fontsize=9)
+            axis.set_xlabel(f"{FIGURES[i]} - {against}'s ({better})", fontsize=9)
+        axes[0].set_title(title, fontsize=9, loc="left")
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
