@@ -189,7 +189,11 @@ def morse_by_hand(net, x, b, placement=None):
             near = range(-(net.image_patch // 2), net.image_patch // 2 + 1)
             steps = itertools.product(near, repeat=len(size))
             around = [value_at(x[b].numpy(), [c + 2 * k / n for c, k, n in zip(place, step, size)]) for step in steps]
-            read.append(np.array(around).T.flatten())
+            patch = np.array(around).T
+            if net.patch_norm:
+                mean, deviation = patch.mean(1, keepdims=True), np.sqrt(patch.var(1, keepdims=True) + 0.01)
+                patch = np.concatenate([(patch - mean) / deviation, mean, deviation], axis=1)
+            read.append(patch.flatten())
         encoded = place if placement is None else moved(placement[b], place)
         return head_by_hand(net.renderer, np.concatenate(read), encoded, value_at(coarse, place), context)
 

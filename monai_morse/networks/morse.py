@@ -34,6 +34,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "points": {},
         "read_features": True,
         "image_patch": 3,
+        "patch_norm": True,
     },
     "paper": {
         "coarse": "experts",
@@ -42,6 +43,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "points": {"oversample": 3},
         "read_features": False,
         "image_patch": 0,
+        "patch_norm": False,
     },
 }
 
@@ -104,6 +106,8 @@ class Morse(nn.Module):
             does, ``"paper"`` reads x_out alone. Without experts the features are what it reads in any case.
         image_patch: the renderer also reads the image's own voxels around each point, a cube of this odd side; 0: none. Default
             3 in ``"light"``, 0 in ``"paper"``.
+        patch_norm: the renderer reads that cube standardised, beside its mean and standard deviation, see
+            :func:`monai_morse.networks.points.standardize_patch`; default: ``"light"`` does.
         freeze_backbone: train the mixture and the renderer alone: the backbone's weights have no gradient and it stays in eval
             mode, so that its normalisation statistics rest too; default False. With ``coarse="backbone"`` the rendering loss
             is then the only one that trains anything: give it a weight from the start (``schedule: scratch``).
@@ -139,6 +143,7 @@ class Morse(nn.Module):
         read_features: bool | str | None = None,
         stride: int = 1,
         image_patch: int | None = None,
+        patch_norm: bool | str | None = None,
         freeze_backbone: bool | str = False,
     ) -> None:
         super().__init__()
@@ -177,6 +182,7 @@ class Morse(nn.Module):
         if image_patch < 0 or (image_patch > 0 and image_patch % 2 == 0):
             raise InputError(f"image_patch must be 0 or an odd number of voxels, got {image_patch}")
         self.stride, self.image_patch = stride, image_patch
+        self.patch_norm = PRESETS[preset]["patch_norm"] if patch_norm is None else flag(patch_norm, "patch_norm")
 
         channels = [f.channels for f in self.decoder.info]
         num_classes = self.decoder.num_classes
@@ -194,8 +200,8 @@ class Morse(nn.Module):
                 self.classifier = PointwiseMLP(self.mixture.out_channels, [num_classes], last_activation=False)
         if renderer != "none":
             context = sum(f.channels for f in self.decoder.info)
-            patch = self.decoder.in_channels * image_patch**spatial_dims
-            sizes = read + patch, num_classes, spatial_dims, context
+            patch = image_patch**spatial_dims + 2 * self.patch_norm if image_patch > 0 else 0
+            sizes = read + self.decoder.in_channels * patch, num_classes, spatial_dims, context
             self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
         self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
         self.freeze_backbone = flag(freeze_backbone, "freeze_backbone")
@@ -349,7 +355,10 @@ class Morse(nn.Module):
         if self.read_features:
             read += [P.sample_linear(feature, coordinates) for feature in maps.features]
         if self.image_patch > 0:
-            read.append(P.sample_patch(maps.image, coordinates, self.image_patch).to(read[0].dtype))
+            patch = P.sample_patch(maps.image, coordinates, self.image_patch)
+            if self.patch_norm:
+                patch = P.standardize_patch(patch, maps.image.shape[1])
+            read.append(patch.to(read[0].dtype))
         context = logits[:, :0, 0]
         if self.reads_context:
             context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
