@@ -278,7 +278,7 @@ def test_training_and_inference_build_the_same_network():
     assert evaluate["validate"]["inferer"]["inferer"]["scale"] == inference["inferer"]["inferer"]["scale"] == "@render_scale"
     system = ("backbone", "backbones", "experts", "renderer", "num_experts", "width", "coarse", "coordinates", "stride")
     # alpha matters in training alone
-    for name in (*system, "image_patch", "in_channels", "spacing", "patch_size"):
+    for name in (*system, "image_patch", "patch_norm", "in_channels", "spacing", "patch_size"):
         assert train[name] == inference[name], name
     assert inference["num_classes"] == len(train["class_names"]) + 1
 

@@ -173,7 +173,7 @@ def affine_maps(batch, dims):
 def test_prediction_is_the_coarse_map_with_its_most_uncertain_voxels_rendered(
     batch, classes, size, channels, strides, experts, coarse, renderer
 ):
-    words = {"experts": experts, "coarse": coarse, "renderer": renderer, "read_features": batch > 1}
+    words = {"experts": experts, "coarse": coarse, "renderer": renderer, "read_features": batch > 1, "patch_norm": classes > 2}
     net = pyramid_morse(len(size), classes, channels, strides, gate_stride=1 + batch % 2, **words)
     x = torch.randn(batch, 1, *size, dtype=torch.float64)
     with torch.no_grad():

@@ -212,7 +212,7 @@ def test_training_and_inference_build_the_same_network():
     for name in ("network_def", "backbones", "num_classes"):
         assert train[name] == inference[name], name
     system = ("backbone", "experts", "renderer", "num_experts", "preset", "coarse", "coordinates")  # alpha: in training alone
-    for name in (*system, "stride", "image_patch", "class_names", "in_channels", "spacing", "patch_size"):
+    for name in (*system, "stride", "image_patch", "patch_norm", "class_names", "in_channels", "spacing", "patch_size"):
         assert train[name] == inference[name], name
 
 

@@ -308,7 +308,8 @@ def test_with_a_stride_the_backbone_sees_averages_and_the_renderer_the_image(dim
     with torch.no_grad():
         upsampled = F.interpolate(net.decoder.backbone(averaged), x.shape[2:], mode="bilinear" if dims == 2 else "trilinear")
         assert torch.allclose(net(x), upsampled, atol=1e-5)  # an untrained renderer changes nothing
-        torch.nn.init.normal_(net.renderer.mlp.layers[-1].weight)
+        for parameter in net.renderer.mlp.layers[-1].parameters():  # the bias too: all 8 channels may be dead somewhere
+            torch.nn.init.normal_(parameter)
         changed = (net(x) != upsampled).any(1, keepdim=True)
         assert torch.equal(changed.float(), net.rendered_voxels(x))
         # the same averages, another image: the coarse map stays, what is rendered does not

@@ -1,5 +1,6 @@
 """Point geometry against loops over voxels."""
 
+import itertools
 import math
 
 import pytest
@@ -146,3 +147,24 @@ def test_a_patch_holds_the_voxels_around_a_point_and_the_edge_repeated_beyond_it
                 voxel = [min(max(i + s, 0), n - 1) for i, s, n in zip(places[index[b, p]], step, size)]
                 for c in range(3):
                     assert found[b, c * len(steps) + m, p].item() == pytest.approx(x[b, c][tuple(voxel)].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("side", [1, 9, 27])
+def test_a_standardised_patch_is_its_differences_their_mean_and_their_spread(side):
+    patch = torch.randn(2, 3 * side, 5, dtype=torch.float64) * 4 + 7
+    found = P.standardize_patch(patch, channels=3)
+    assert found.shape == (2, 3 * (side + 2), 5)
+    for b, c, p in itertools.product(range(2), range(3), range(5)):
+        voxels = [patch[b, c * side + m, p].item() for m in range(side)]
+        mean = sum(voxels) / side
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in voxels) / side + 0.01)
+        expected = [(v - mean) / deviation for v in voxels] + [mean, deviation]
+        assert found[b, c * (side + 2) : (c + 1) * (side + 2), p].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_air_without_any_contrast_stays_finite_and_so_does_its_gradient():
+    patch = torch.zeros(1, 27, 4, requires_grad=True)
+    found = P.standardize_patch(patch, channels=1)
+    assert torch.equal(found[:, :28], torch.zeros(1, 28, 4)) and torch.allclose(found[:, 28], torch.tensor(0.1))
+    found.sum().backward()
+    assert patch.grad is not None and patch.grad.isfinite().all()

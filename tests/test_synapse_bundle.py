@@ -339,7 +339,7 @@ def test_training_and_inference_build_the_same_network_from_the_same_slices():
     evaluate = ConfigParser()
     evaluate.read_config([str(CONFIGS / f"{n}.yaml") for n in ("train", "evaluate")])
     system = ("network_def", "backbones", "paper_experts", "backbone", "experts", "renderer", "preset", "num_experts", "coarse")
-    for name in (*system, "stride", "image_patch", "in_channels", "window", "patch_size"):
+    for name in (*system, "stride", "image_patch", "patch_norm", "in_channels", "window", "patch_size"):
         assert trains[name] == inference[name], name
     assert inference["preprocessing"]["transforms"][2:] == evaluate["validate"]["preprocessing"]["transforms"][2:]
     assert inference["inferer"]["inferer"]["scale"] == evaluate["validate"]["inferer"]["inferer"]["scale"]
