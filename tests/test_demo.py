@@ -32,13 +32,13 @@ def test_plan_follows_the_axes_after_turning_to_ras(tmp_path):
     sagittal = np.array([[0, 0, 1, 0], [5, 0, 0, 0], [0, 2, 0, 0], [0, 0, 0, 1.0]])  # axes A, S, R
     cases = msd_cases(write_msd(tmp_path / "data", shape=(20, 40, 30), affine=sagittal), "all")
     spacing, patch = plan(cases)
-    assert spacing == [1.0, 5.0, 2.0] and patch == [32, 24, 40]
+    assert spacing == [1.0, 5.0, 2.0] and patch == [32, 32, 48]
 
 
 def test_plan_coarsens_large_scans_and_never_makes_a_patch_too_small_for_the_network(tmp_path):
-    cases = msd_cases(write_msd(tmp_path / "data", cases=1, shape=(160, 120, 16)), "all")
+    cases = msd_cases(write_msd(tmp_path / "data", cases=1, shape=(320, 240, 16)), "all")
     spacing, patch = plan(cases)
-    assert 160 * 120 * 16 / np.prod(spacing) <= 250_000 and patch[2] == 16
+    assert 320 * 240 * 16 / np.prod(spacing) <= 800_000 and patch[2] == 32
 
 
 def test_table_tells_how_many_cases_a_mean_is_of(tmp_path):
