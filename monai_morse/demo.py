@@ -34,8 +34,8 @@ SYSTEMS = {
 }
 PATIENTS = 10
 # where MORSE helps, docs/results.md: the backbone sees half the resolution, the renderer the voxels around each point
-FINE = {"stride": 2, "image_patch": 5, "patch_norm": True, "network_def#points#num_eval": 16384}
-VOXELS = 800_000  # of a resampled volume, so that two cores need seconds for it
+FINE = {"stride": 2, "image_patch": 5, "patch_norm": True, "network_def#points#num_eval": 8192}
+VOXELS = 250_000  # of a resampled volume, so that two cores need seconds for it
 ITERATIONS = 384
 BATCH_SIZE = 1
 LEARNING_RATE = 0.004
@@ -45,7 +45,7 @@ def plan(cases: Sequence[dict[str, str]]) -> tuple[list[float], list[int]]:
     """Spacing (mm) and patch size (voxels) for a data set, from the headers of its images.
 
     The finest axes are coarsened until the median volume has at most ``VOXELS`` voxels; the patch covers it up to
-    112 x 112 x 80, in multiples of 16: eight are the backbone's, which sees half the resolution.
+    64 x 64 x 48, in multiples of 16: eight are the backbone's, which sees half the resolution.
     """
     # the bundle resamples after turning scans to RAS
     headers = [nib.as_closest_canonical(nib.load(c["image"])).header for c in cases]
@@ -53,7 +53,7 @@ def plan(cases: Sequence[dict[str, str]]) -> tuple[list[float], list[int]]:
     extent = np.median([np.multiply(h.get_zooms()[:3], h.get_data_shape()[:3]) for h in headers], axis=0)
     while np.prod(extent / spacing) > VOXELS:
         spacing[spacing.argmin()] *= 1.1
-    patch = [max(32, min(cap, 16 * math.ceil(n / 16))) for n, cap in zip(extent / spacing, (112, 112, 80))]
+    patch = [max(32, min(cap, 16 * math.ceil(n / 16))) for n, cap in zip(extent / spacing, (64, 64, 48))]
     return [round(float(s), 3) for s in spacing], patch
 
 
