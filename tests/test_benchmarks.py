@@ -127,6 +127,6 @@ def test_a_bundles_network_is_built_as_it_trains_with_a_rows_options():
     bare = build(folder, "bare stride=2", True)[0]
     assert bare.mixture is None and bare.renderer is None
     sliced, size, batch = build(folder, "default", True, ["slices.yaml"])
-    assert size == [48, 64] and batch == 8 and sliced.num_train == 128 and sliced.image_patch == 7
+    assert size == [48, 64] and batch == 8 and sliced.num_train == 128 and sliced.image_patch == 7 and sliced.patch_norm
     result = measure(folder, "default", 1, times=["inference"], **{**OPTIONS, "over": ["slices.yaml"]})
     assert "error" not in result and result["parameters"][0] > 1
