@@ -41,8 +41,8 @@ NAMES = {name.removeprefix("+ "): system for system, name in SYSTEMS.items()}
 REPEATS = ("fold", "seed")
 # settings that only some systems depend on; all others matter to the bare backbone too
 OF_EXPERTS = ("width", "network_def#mixture")
-OF_RENDERERS = ("schedule", "lambda_rend", "coordinates", "image_patch", "patch_norm", "network_def#patch_norm")
-OF_RENDERERS += ("network_def#head", "network_def#points")
+OF_PATCHES = ("image_patch", "patch_norm", "network_def#patch_norm")
+OF_RENDERERS = ("schedule", "lambda_rend", "coordinates", *OF_PATCHES, "network_def#head", "network_def#points")
 OF_BOTH = ("num_experts", "coarse", "preset", "network_def#preset", "network_def#read_features")
 ABLATIONS = {"alpha": "Table 3, stochastic rate", "num_experts": "Table 3, N", "schedule": "Table 4, lambda_t"}
 
