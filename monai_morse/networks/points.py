@@ -254,17 +254,18 @@ def sample_patch(x: Tensor, coordinates: Tensor, side: int) -> Tensor:
     return block.reshape(x.shape[0], -1, coordinates.shape[1])
 
 
-def standardize_patch(patch: Tensor, channels: int, eps: float = 0.01) -> Tensor:
+def standardize_patch(patch: Tensor, channels: int) -> Tensor:
     """What differs within a patch, side by side with what it has in common.
 
     The neighbours of a point resemble each other: as they are, an MLP sees little but their mean, many times over, and learns
-    that first. ``eps`` is a variance below which differences are noise, for images of about unit variance.
+    that first. A variance below 0.01 counts as noise: images are taken to have about unit variance.
 
     Args:
         patch: (B, C n, P), the n voxels of each channel side by side, as :func:`sample_patch` returns them. channels: C.
 
     Returns:
-        (B, C (n + 2), P): every channel's voxels less their mean, divided by their standard deviation, then these two.
+        (B, C (n + 2), P): every channel's voxels less their mean, divided by their standard deviation, that is
+        the root of variance + 0.01, then these two.
 
     >>> standardize_patch(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1), channels=1)[0, :, 0]
     tensor([-1.2157,  0.0000,  1.2157,  2.0000,  0.8226])
@@ -272,7 +273,7 @@ def standardize_patch(patch: Tensor, channels: int, eps: float = 0.01) -> Tensor
     patch = patch.reshape(patch.shape[0], channels, -1, patch.shape[2])
     mean = patch.mean(2, keepdim=True)
     patch = patch - mean
-    deviation = (patch.square().mean(2, keepdim=True) + eps).sqrt()
+    deviation = (patch.square().mean(2, keepdim=True) + 0.01).sqrt()
     return torch.cat([patch / deviation, mean, deviation], dim=2).flatten(1, 2)
 
 
