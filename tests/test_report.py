@@ -344,8 +344,14 @@ PUBLISHED = sorted(runs for page in PAGES for runs in page.iterdir() if runs.is_
 
 @pytest.fixture(scope="module")
 def published_report(tmp_path_factory):
-    """The report of published runs, each made once."""
-    return functools.cache(lambda runs, against="Baseline": report(runs, tmp_path_factory.mktemp("report"), against=against))
+    """The report of published runs, each made once; ablations have no baseline and are compared with MORSE."""
+
+    @functools.cache
+    def made(runs, against=None):
+        has_baseline = any("experts-none_renderer-none" in run.name for run in runs.iterdir())
+        return report(runs, tmp_path_factory.mktemp("report"), against=against or ("Baseline" if has_baseline else "MORSE"))
+
+    return made
 
 
 @pytest.mark.parametrize("runs", PUBLISHED, ids=lambda runs: f"{runs.parent.name}/{runs.name}")
