@@ -40,10 +40,9 @@ SYSTEMS = {
 NAMES = {name.removeprefix("+ "): system for system, name in SYSTEMS.items()}
 REPEATS = ("fold", "seed")
 # settings that only some systems depend on; all others matter to the bare backbone too
-OF_EXPERTS = ("width", "network_def#mixture")
-OF_PATCHES = ("image_patch", "patch_norm", "network_def#patch_norm")
-OF_RENDERERS = ("schedule", "lambda_rend", "coordinates", *OF_PATCHES, "network_def#head", "network_def#points")
-OF_BOTH = ("num_experts", "coarse", "preset", "network_def#preset", "network_def#read_features")
+OF_EXPERTS = ("width", "mixture")
+OF_RENDERERS = ("schedule", "lambda_rend", "coordinates", "image_patch", "patch_norm", "head", "points")
+OF_BOTH = ("num_experts", "coarse", "preset", "read_features")
 ABLATIONS = {"alpha": "Table 3, stochastic rate", "num_experts": "Table 3, N", "schedule": "Table 4, lambda_t"}
 
 FIGURES = ("DSC", "Jaccard", "95HD", "ASD")
@@ -202,7 +201,9 @@ def read_runs(folder: Path, metric: str = "paper") -> tuple[list[Run], list[str]
         values = {
             (r["case"], r["class"]): tuple(float(r[n] or math.nan) * s for n, s in zip(METRICS[metric], SCALE)) for r in rows
         }
-        runs.append(Run(path.parent, record.get("bundle", "?"), record.get("settings", {}), values))
+        # network_def#patch_norm is patch_norm, whether a bundle has a word of its own for it or not
+        settings = {name.removeprefix("network_def#"): value for name, value in record.get("settings", {}).items()}
+        runs.append(Run(path.parent, record.get("bundle", "?"), settings, values))
     if not runs and not others:
         raise InputError(f"no run.json in {folder} or below; give the --out folder of a sweep")
     return runs, others
@@ -210,7 +211,7 @@ def read_runs(folder: Path, metric: str = "paper") -> tuple[list[Run], list[str]
 
 def _matters(name: str, system: tuple[str, str]) -> bool:
     """Whether a setting is of any effect on a system."""
-    name = "#".join(name.split("#")[:2])
+    name = name.split("#")[0]
     experts, renderer = (word != "none" for word in system)
     if name == "alpha":
         return system[0] == "stochastic"

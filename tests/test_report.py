@@ -256,6 +256,14 @@ def test_what_the_renderer_alone_reads_is_no_other_baseline(tmp_path):
     assert wide.baseline == rows["Baseline"].runs and wide.difference(0).cases == 6
 
 
+def test_a_setting_of_the_network_is_the_same_by_its_bundles_word_or_by_its_place(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("patch_norm", "network_def#patch_norm")):
+        write_run(tmp_path / name.replace("#", "."), rng, renderer="anatomical", seed=i, **{name: True})
+    write_run(tmp_path / "as it is", rng, renderer="anatomical", patch_norm=False)
+    assert {r.name: len(r.runs) for r in rows_of(read_runs(tmp_path)[0])[0]} == {"+ IAR": 2, "+ IAR, patch_norm False": 1}
+
+
 def test_what_experts_or_renderers_alone_depend_on_tells_others_not_apart(tmp_path):
     rng = np.random.default_rng(0)
     systems = {"Baseline": ("none", "none"), "+ MoE": ("dense", "none"), "+ IAR": ("none", "anatomical")}
