@@ -56,7 +56,7 @@ def test_lambda_follows_the_trainers_iterations_across_a_resume():
     second = trainer()
     start_after(second, epoch=3, length=5)
     second.run([0] * 5, max_epochs=6)
-    assert seen == pytest.approx([render_weight(t, 30) for t in range(1, 31)])
+    assert seen == pytest.approx([render_weight(t, 30, "ramp") for t in range(1, 31)])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

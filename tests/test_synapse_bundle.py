@@ -129,10 +129,14 @@ def test_other_backbones_train_too(backbone, data, tmp_path):
 
 
 def test_the_papers_literal_head_is_one_word_away(data, tmp_path):
-    net = workflow(["train"], data, tmp_path, preset="paper").network_def
+    literal = workflow(["train"], data, tmp_path, preset="paper")
+    net = literal.network_def
+    assert literal.parser.get_parsed_content("schedule") == "ramp"
     assert net.mixture.out_channels == 256 and net.classifier is not None  # the coarse logits come from the experts
     assert net.mixture.dropout.chance[0] > 0  # all experts may drop
-    light = workflow(["train"], data, tmp_path).network_def
+    default = workflow(["train"], data, tmp_path)
+    light = default.network_def
+    assert default.parser.get_parsed_content("schedule") == "scratch"
     assert light.mixture.out_channels == 32 and light.classifier is None and light.mixture.dropout.chance[0] == 0
 
 

@@ -26,19 +26,19 @@ class RenderSchedule:
 
     Args:
         loss: the trainer's loss.
-        schedule: ``"ramp"`` (equation 4, default), ``"half"`` or ``"scratch"``.
+        schedule: ``"scratch"`` (default), ``"half"`` or ``"ramp"`` (equation 4), see :func:`monai_morse.losses.render_weight`.
         lambda_rend: default 0.1.
 
     >>> from ignite.engine import Engine
     >>> loss, seen = MorseLoss(), []
     >>> trainer = Engine(lambda engine, batch: seen.append(loss.weight))
-    >>> RenderSchedule(loss).attach(trainer)
+    >>> RenderSchedule(loss, "ramp").attach(trainer)
     >>> _ = trainer.run([0, 0], max_epochs=2)
     >>> seen
     [0.0, 0.0, 0.025, 0.05]
     """
 
-    def __init__(self, loss: MorseLoss, schedule: str = "ramp", lambda_rend: float = 0.1) -> None:
+    def __init__(self, loss: MorseLoss, schedule: str = "scratch", lambda_rend: float = 0.1) -> None:
         render_weight(0, 1, schedule)  # an unknown word is an error now, not at the first iteration
         self.loss = loss
         self.schedule = schedule
