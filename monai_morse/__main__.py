@@ -77,9 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument("runs", type=Path, help="folder with runs at any depth")
     report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS")
     report.add_argument("--metric", default="paper", choices=["paper", "monai"], help="whose definition of the figures")
-    report.add_argument(
-        "--against", default="Baseline", help="what differences are to: Baseline, IAR or another of the paper's systems"
-    )
+    against = "what differences are to: Baseline, IAR or another of the paper's systems, or a row by its name in the table"
+    report.add_argument("--against", default="Baseline", help=against)
 
     args = parser.parse_args(arguments)
     try:

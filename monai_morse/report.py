@@ -11,7 +11,7 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import multimode
@@ -238,13 +238,10 @@ def _words(name: str, value: Any) -> str:
 
 def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], list[str]]:
     """Rows of the runs of one bundle and backbone, the paper's systems first; and lines for what their names leave out and
-    for each run left out as a repeat.
-
-    Raises:
-        InputError: for a system to compare with that is not one of ``NAMES``.
+    for each run left out as a repeat. Differences are to a system of ``NAMES`` with the same settings, or to one row by its
+    whole name.
     """
-    one_of("against", against, NAMES)
-    reference = NAMES[against]
+    reference = NAMES.get(against, NAMES["Baseline"])
     names = dict.fromkeys(n for run in runs for n in run.settings)
     differ = [
         n
@@ -264,9 +261,6 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         else:
             notes.append(f"{run.folder.name}: left out, the same as {same.folder.name}")
 
-    if not any(system == reference for system, _ in groups):
-        notes.append(f"there is no run of {against}, to which differences would be")
-
     def order(item: tuple) -> int:
         systems = list(SYSTEMS)
         return systems.index(item[0][0]) if item[0][0] in systems else len(systems)
@@ -281,6 +275,11 @@ def rows_of(runs: Sequence[Run], against: str = "Baseline") -> tuple[list[Row], 
         shared = tuple((n, v) for n, v in key if _matters(n, reference))
         baseline = (plain or group) if system == reference else groups.get((reference, shared), [])
         rows.append(Row(name, settings, apart, group, baseline))
+    if against not in NAMES:
+        base = next((row.runs for row in rows if row.name.removeprefix("+ ") == against.removeprefix("+ ")), [])
+        rows = [replace(row, baseline=base) for row in rows]
+    if not any(row.runs is row.baseline for row in rows):
+        notes.append(f"there is no run of {against}, to which differences would be")
     return rows, notes
 
 
@@ -449,10 +448,11 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper", against
         folder: with runs at any depth.
         out: where to write; default: ``folder``.
         metric: ``"paper"`` or ``"monai"``, whose definition of the figures is used.
-        against: what differences are to, the baseline or another of the paper's systems, such as ``"IAR"``.
+        against: what differences are to, the baseline, another of the paper's systems, such as ``"IAR"``, or one row by its
+            name in the table, such as ``"Baseline, max_epochs 200"``.
 
     Raises:
-        InputError: see :func:`read_runs` and :func:`rows_of`.
+        InputError: see :func:`read_runs`; for a system or a row to compare with that there is not.
     """
     runs, notes = read_runs(folder, metric)
     out = out or folder
@@ -470,6 +470,8 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper", against
         tables += _boundary_table(title, rows)
         tables += [t for name, words in ABLATIONS.items() for t in _ablation(name, f"{title}: {words}", rows)]
         lines += _long_form(bundle, backbone, rows)
+    known = dict.fromkeys([*NAMES, *(row.name.removeprefix("+ ") for rows in parts.values() for row in rows)])
+    one_of("against", against.removeprefix("+ "), known)
 
     caption = (
         f"Figures are {DEFINITION[metric]}. Means ± standard deviations over runs (folds and seeds). Δ: mean difference to "

@@ -166,6 +166,20 @@ def test_rows_are_compared_with_another_system_on_request(sweep):
         report(folder, against="nnU-Net")
 
 
+def test_rows_are_compared_with_one_row_on_request(sweep):
+    folder, values = sweep
+    long = write_run(folder / "long", np.random.default_rng(2), 0.05, fold=1, seed=0, max_epochs=200)
+    rows = cells(report(folder, against="Baseline, max_epochs 200"))
+    assert rows["Baseline, max_epochs 200"]["ΔDSC [95 % CI]"] == "-"
+    for name, key in (("Baseline", "none"), ("+ MORSE", "morse")):  # the one fold and seed that they share
+        change = statistics.mean(values[key, 1, 0][k]["paper_dice"] - long[k]["paper_dice"] for k in long)
+        assert rows[name]["ΔDSC [95 % CI]"].startswith(f"{100 * change:+.2f} [")
+    with pytest.raises(
+        InputError, match="against must be one of .*'Baseline, max_epochs 200'.*, got 'Baseline, max_epochs 20'"
+    ):
+        report(folder, against="Baseline, max_epochs 20")
+
+
 def test_what_is_missing_is_said(sweep):
     folder, _ = sweep
     rng = np.random.default_rng(1)
@@ -371,8 +385,11 @@ def test_a_published_table_is_what_its_committed_runs_give(runs, published_repor
 
 def test_every_row_and_every_interval_of_the_published_tables_is_made_of_committed_runs(published_report):
     with_iar = [runs for runs in PUBLISHED if any("experts-none_renderer-anatomical" in run.name for run in runs.iterdir())]
-    made = "\n".join([*map(published_report, PUBLISHED), *(published_report(runs, "IAR") for runs in with_iar)])
+    of_row = re.compile(r"report docs/(\S+) --against \"(.+)\"")
     published = "\n".join(page.with_suffix(".md").read_text() for page in PAGES)
+    with_row = [(ROOT / "docs" / runs, name) for runs, name in of_row.findall(published)]
+    wanted = [*((runs,) for runs in PUBLISHED), *((runs, "IAR") for runs in with_iar), *with_row]
+    made = "\n".join(itertools.starmap(published_report, wanted))
     rows = [line for line in published.splitlines() if line.startswith(("| Baseline", "| + "))]
     assert rows and not set(rows) - set(made.splitlines())
     intervals = re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", published)
