@@ -32,7 +32,8 @@ class LiteralMorse(nn.Module):
         for i, (mlp, feature) in enumerate(zip(mixture.experts, features)):
             expert = mlp(feature) * keep[:, i].reshape([-1] + [1] * (1 + len(size)))
             upsampled.append(F.interpolate(expert, size, mode=mode, align_corners=False))
-        weights = mixture.gate(torch.cat(upsampled, dim=1)).softmax(dim=1)
+        active = keep.reshape([*keep.shape, *(1 for _ in size)])
+        weights = mixture.gate(torch.cat(upsampled, dim=1)).masked_fill(active == 0, -3e4).softmax(dim=1)
         x_out = mixture.fuse((weights.unsqueeze(2) * torch.stack(upsampled, dim=1)).sum(1))
         coarse = net.classifier(x_out)
 

@@ -122,7 +122,10 @@ def mixture_by_hand(m, features, size, keep=None):
                 logits[c] = normal[c] * scale + shift
 
     def at(place):
-        w = softmax(value_at(logits, place))
+        v, w = value_at(logits, place), np.zeros(len(experts))
+        active = [i for i in range(len(experts)) if keep is None or keep[i]]
+        if active:
+            w[active] = softmax(v[active])
         mixed = sum(w[i] * value_at(e, place) for i, e in enumerate(experts))
         return mlp(weights_of(m.fuse), mixed, last_relu=True), w
 

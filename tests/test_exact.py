@@ -66,18 +66,20 @@ def test_mixture_is_equations_1_and_2(batch, channels, sizes, size, stride, norm
 
 
 @pytest.mark.parametrize("batch, channels, sizes, size", FEATURES[1:])
-def test_dropped_experts_are_zero_and_survivors_scaled_before_gate_and_mixture(batch, channels, sizes, size):
+def test_dropped_experts_are_zero_to_the_gate_and_the_weights_of_the_others_sum_to_1(batch, channels, sizes, size):
     n = len(channels)
     m = randomised(Mixture(channels, len(size), width=3, drop_prob=0.6)).train()
     features = [torch.randn(batch, c, *s, dtype=torch.float64) for c, s in zip(channels, sizes)]
-    codes = torch.randint(1, 2**n, (batch,))  # bit i of a sample's code: expert i is kept
+    codes = torch.randint(0, 2**n, (batch,))  # bit i of a sample's code: expert i is kept
     kept = [[(int(code) >> i) % 2 for i in range(n)] for code in codes]
-    m.dropout.forward = lambda batch: torch.tensor(kept, dtype=torch.float64) / (1 - 0.6)
+    m.dropout.forward = lambda batch: torch.tensor(kept, dtype=torch.float64)
     got = m(features, size).detach()
     for b in range(batch):
-        mixture = mixture_by_hand(m, [d[b].numpy() for d in features], size, [k / 0.4 for k in kept[b]])
+        mixture = mixture_by_hand(m, [d[b].numpy() for d in features], size, kept[b])
         for voxel in voxels(size):
-            np.testing.assert_allclose(value(got[b], voxel), mixture(centre(voxel, size))[0], **CLOSE)
+            x_out, w = mixture(centre(voxel, size))
+            assert w.sum() == pytest.approx(float(any(kept[b])), abs=1e-12)
+            np.testing.assert_allclose(value(got[b], voxel), x_out, **CLOSE)
 
 
 # --- points ---------------------------------------------------------------------------------------------------------------

@@ -158,8 +158,7 @@ def test_results_do_not_depend_on_memory_format():
 def test_dropout_frequencies_of_every_mask(n, alpha, min_active):
     dropout = ExpertDropout(n, alpha, min_active)
     draws = 40000
-    factors = dropout(draws)
-    kept = (factors > 0).int()
+    kept = dropout(draws).int()
     assert kept.sum(1).min() >= min_active
     # the chance of each mask by the definition: independent Bernoulli, given at least min_active survivors
     chance = {}
@@ -167,8 +166,6 @@ def test_dropout_frequencies_of_every_mask(n, alpha, min_active):
         if sum(mask) >= min_active:
             chance[mask] = (1 - alpha) ** sum(mask) * alpha ** (n - sum(mask))
     total = sum(chance.values())
-    survives = sum(c * mask[0] for mask, c in chance.items()) / total
-    assert factors[factors > 0].numpy() == pytest.approx(1 / survives, rel=1e-6)
     seen = {}
     for row in kept.tolist():
         seen[tuple(row)] = seen.get(tuple(row), 0) + 1

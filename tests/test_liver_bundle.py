@@ -126,7 +126,7 @@ def test_the_papers_head_and_another_schedule_are_a_word_away(liver, tmp_path):
     run = run_here("train", ["train"], **{**folders(liver, tmp_path), **words})
     net = run.parser.get_parsed_content("network")
     assert net.mixture.out_channels == 256 and len(net.mixture.experts) == 2 and net.classifier is not None
-    assert net.mixture.dropout.scale == pytest.approx(1 / 0.7)
+    assert net.mixture.dropout.chance.tolist() == pytest.approx([0.09, 0.21, 0.21, 0.49])  # of none, one, the other, both
     assert run.parser.get_parsed_content("loss").weight == pytest.approx(render_weight(1, 2, "scratch"))
 
 

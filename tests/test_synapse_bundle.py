@@ -86,7 +86,8 @@ def test_every_row_of_table_1_trains(system, backbone, features, data, tmp_path)
     assert (len(net.mixture.experts) if net.mixture else 0) == (0 if experts == "none" else features)
     assert (type(net.renderer).__name__ if net.renderer else None) == HEADS.get(renderer)
     if net.mixture:
-        assert net.mixture.dropout.scale == pytest.approx((1 - 0.7**features) / 0.3 if experts == "stochastic" else 1)
+        all_active = net.mixture.dropout.chance[-1] / net.mixture.dropout.chance.sum()
+        assert all_active == pytest.approx(0.3**features / (1 - 0.7**features) if experts == "stochastic" else 1)
     assert len(losses(tmp_path)) == 2 and np.isfinite(losses(tmp_path)).all()
     after = torch.load(tmp_path / "model.pt", weights_only=True)
     assert after.keys() == before.keys()
@@ -115,7 +116,8 @@ def test_every_setting_of_tables_3_and_4_trains(setting, data, tmp_path):
     done.run()
     assert len(net.mixture.experts) == words.get("num_experts", 5)
     alpha = 0 if words.get("experts") == "dense" else words.get("alpha", 0.7)
-    assert net.mixture.dropout.scale == pytest.approx((1 - alpha ** len(net.mixture.experts)) / (1 - alpha))  # given one stays
+    chance = net.mixture.dropout.chance[-1] / net.mixture.dropout.chance.sum()  # that all are active, given one stays
+    assert chance == pytest.approx((1 - alpha) ** len(net.mixture.experts) / (1 - alpha ** len(net.mixture.experts)))
     if "schedule" in words:
         assert weights == pytest.approx(LAMBDA[words["schedule"]])
     assert np.isfinite(losses(tmp_path)).all()

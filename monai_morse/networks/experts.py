@@ -1,6 +1,5 @@
 """SMoE: decoder features become experts, mixed voxel by voxel by a gate and dropped at random in training."""
 
-import math
 from collections.abc import Sequence
 from typing import List
 
@@ -64,11 +63,11 @@ class PointwiseMLP(nn.Module):
 
 
 class ExpertDropout(nn.Module):
-    """Standard dropout over experts, per sample: zeroed with probability alpha, survivors scaled by 1 / P(survive).
+    """Which experts are active, per sample: each is dropped with probability alpha, in training.
 
     Masks with fewer than ``min_active`` survivors are redrawn, i.e. drawn from the conditional distribution; at N = 3 and
-    alpha = 0.7 the literal rule (``min_active=0``) leaves 34 % of the samples without any expert. P(survive) is that of the
-    masks that are drawn, 1 - alpha for the literal rule alone: an expert's mean over the masks is what it is at inference.
+    alpha = 0.7 the literal rule (``min_active=0``) leaves 34 % of the samples without any expert. Survivors are not scaled:
+    the weights W of those that are active sum to 1, however many they are.
 
     Args:
         num_experts: N, at most 12.
@@ -89,30 +88,22 @@ class ExpertDropout(nn.Module):
         masks = (torch.div(codes, 2 ** torch.arange(num_experts), rounding_mode="floor") % 2).float()
         active = masks.sum(1)
         chance = (1 - drop_prob) ** active * drop_prob ** (num_experts - active) * (active >= min_active)
-        # numbers, not tensors: a network may be built on the meta device
-        n, stay = num_experts, 1 - drop_prob
-        drawn = [math.comb(n, k) * stay**k * drop_prob ** (n - k) for k in range(min_active, n + 1)]
-        self.scale = n * sum(drawn) / sum(k * d for k, d in enumerate(drawn, min_active))
         self.register_buffer("masks", masks, persistent=False)
         self.register_buffer("chance", chance, persistent=False)
 
     def forward(self, batch: int) -> Tensor:
-        """Factors for the experts of ``batch`` samples, (B, N): 0 or 1 / P(survive) in training, ones in eval mode."""
+        """The experts of ``batch`` samples, (B, N): 1 where they are active, 0 where dropped; ones in eval mode."""
         if not self.training:
             return torch.ones(batch, self.masks.shape[1], device=self.masks.device)
-        return self.masks[torch.multinomial(self.chance, batch, replacement=True)] * self.scale
-
-
-def keep_expert(expert: Tensor, factor: Tensor) -> Tensor:
-    """An expert (B, C, *S) times its dropout factors (B,)."""
-    return expert * factor.to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
+        return self.masks[torch.multinomial(self.chance, batch, replacement=True)]
 
 
 class Mixture(nn.Module):
     """Equations 1 and 2: ``W = softmax(gate([F_1..F_N]))``, ``x_out = MLP(sum_i W_i F_i)``.
 
     ``F_i`` is ``MLP_i(D_i)``, computed at D_i's own resolution and upsampled linearly to the input's. The gate is four
-    3x3(x3) convolutions with ReLU between. A single expert needs no gate: its weight is 1.
+    3x3(x3) convolutions with ReLU between. A single expert needs no gate: its weight is 1. A dropped expert is zero to the
+    gate and left out of the softmax, so that W sums to 1 over the active ones; where all are dropped the sum is zero.
 
     Args:
         channels: C_i of the decoder features D_1..D_N.
@@ -171,7 +162,7 @@ class Mixture(nn.Module):
 
         Args:
             features: as for ``forward``; averaged where the gate's grid is coarser than theirs.
-            keep: dropout factors (B, N).
+            keep: which experts are active, (B, N).
             size: *S.
         """
         gate_size = [-(-s // self.gate_stride) for s in size]
@@ -182,15 +173,25 @@ class Mixture(nn.Module):
                 return streaming.gate_logits(self, features, keep, size)
         seen: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
-            seen.append(resize(keep_expert(mlp(shrink(features[i], gate_size)), keep[:, i]), gate_size))
+            expert = mlp(shrink(features[i], gate_size))
+            active = keep[:, i].to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
+            seen.append(resize(expert * active, gate_size))
         return self.gate(torch.cat(seen, dim=1))
 
+    def weights(self, logits: Tensor, keep: Tensor) -> Tensor:
+        """W of equation 1 at the gate's ``logits`` (B, N, ..): their softmax over the active experts, 0 for the others."""
+        if not self.training:
+            return logits.softmax(dim=1)
+        active = keep.to(logits.dtype).reshape(list(keep.shape) + [1] * (logits.ndim - 2))
+        # far below any logit, within half precision; the product is for a sample without any expert
+        return logits.masked_fill(active == 0, -3e4).softmax(dim=1) * active
+
     def everywhere(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
-        """x_out (B, width, *S) as a map, given dropout factors (B, N) and ``gate_logits``."""
-        weights = resize(gate_logits, size).softmax(dim=1)
+        """x_out (B, width, *S) as a map, given which experts are active (B, N) and ``gate_logits``."""
+        weights = self.weights(resize(gate_logits, size), keep)
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
-            mixed = mixed + weights[:, i : i + 1] * resize(keep_expert(mlp(features[i]), keep[:, i]), size)
+            mixed = mixed + weights[:, i : i + 1] * resize(mlp(features[i]), size)
         return self.fuse(mixed)
 
     def at_points(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, coordinates: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class Mixture(nn.Module):
 
         An expert is computed at the voxels that interpolation reads, or everywhere where those are more than its map has.
         """
-        weights = sample_linear(gate_logits, coordinates).softmax(dim=1)
+        weights = self.weights(sample_linear(gate_logits, coordinates), keep)
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
             # exported, the answer of one window size would become a condition on all
@@ -207,5 +208,5 @@ class Mixture(nn.Module):
                 expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
             else:
                 expert = sample_linear(mlp(features[i]), coordinates)
-            mixed = mixed + weights[:, i : i + 1] * keep_expert(expert, keep[:, i])
+            mixed = mixed + weights[:, i : i + 1] * expert
         return self.fuse(mixed)

@@ -49,8 +49,8 @@ PRESETS: Dict[str, Dict[str, Any]] = {
 
 
 class _Maps(NamedTuple):
-    """The image (B, C, *S) and coarse logits (B, K, *S), the decoder features, and of a mixture its dropout factors and gate
-    logits, else nothing."""
+    """The image (B, C, *S) and coarse logits (B, K, *S), the decoder features, and of a mixture which experts are active
+    and gate logits, else nothing."""
 
     image: Tensor
     coarse: Tensor

@@ -87,28 +87,28 @@ def conv_upsampled(x: Tensor, weight: Tensor, size: list[int]) -> Tensor:
     return _taps(x, weight, matrices, 2)
 
 
-def _rows(mixture: Mixture, keep: Tensor) -> list[tuple[slice, list[int], float]]:
-    """Samples that keep the same experts, which ones, and their factor."""
+def _rows(mixture: Mixture, keep: Tensor) -> list[tuple[slice, list[int]]]:
+    """Samples that keep the same experts, and which ones."""
     rows = keep.tolist() if mixture.training else [[1.0] * keep.shape[1]] * len(keep)  # a list waits for the device
     if all(r == rows[0] for r in rows):
         groups = [(slice(0, len(rows)), rows[0])]
     else:
         groups = [(slice(b, b + 1), r) for b, r in enumerate(rows)]
-    return [(s, [i for i, k in enumerate(r) if k], max(r)) for s, r in groups]
+    return [(s, [i for i, k in enumerate(r) if k]) for s, r in groups]
 
 
 def gate_logits(mixture: Mixture, features: list[Tensor], keep: Tensor, size: list[int]) -> Tensor:
-    """Decoder features (B, C_i, *S_i) and their dropout factors (B, N) -> the gate's logits (B, N, *S)."""
+    """Decoder features (B, C_i, *S_i) and which of their experts are active (B, N) -> the gate's logits (B, N, *S)."""
     gate = mixture.gate
     assert isinstance(gate, nn.Sequential)
     first: Any = gate[0]
     parts = []
-    for rows, kept, factor in _rows(mixture, keep):
+    for rows, kept in _rows(mixture, keep):
         if not kept:
             parts.append(features[0].new_zeros(1, len(features), *(1 for _ in size)).expand(rows.stop - rows.start, -1, *size))
             continue
         total: Tensor | None = None
-        weights = (first.weight * factor).chunk(len(features), dim=1)
+        weights = first.weight.chunk(len(features), dim=1)
         for i in kept:
             expert = checkpoint(mixture.experts[i], features[i][rows], use_reentrant=False, preserve_rng_state=False)
             part = conv_upsampled(expert, weights[i], size)
@@ -150,13 +150,13 @@ def classify(
 ) -> Tensor:
     """The coarse logits (B, K, *S): ``classifier`` of x_out, slab by slab along the first axis."""
     out = []
-    for rows, kept, factor in _rows(mixture, keep):
+    for rows, kept in _rows(mixture, keep):
         count = rows.stop - rows.start
         if not kept:
             nowhere = features[0].new_zeros(1, mixture.out_channels, *(1 for _ in size))
             out.append(classifier(mixture.fuse(nowhere)).expand(count, -1, *size))
             continue
-        weights = factor * resize(gate[rows], size).softmax(dim=1)[:, kept]
+        weights = resize(gate[rows][:, kept], size).softmax(dim=1)
         whole = [list(features[i].shape[2:]) == size for i in kept]
         sources = [features[i][rows] if w else mixture.experts[i](features[i][rows]) for i, w in zip(kept, whole)]
         mlps = [mixture.experts[i] if w else None for i, w in zip(kept, whole)]
