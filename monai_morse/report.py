@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import multimode
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -433,7 +434,7 @@ def _draw(path: Path, parts: dict[str, list[Row]], against: str) -> None:
                     axis.plot(d.runs, [y] * len(d.runs), ".", color="grey")
                     axis.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color="C0", capsize=3)
             axis.axvline(0, color="grey", linewidth=1)
-            axis.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
+            axis.set_yticks(range(len(rows)), [fill(row.name, 40) for row in reversed(rows)], fontsize=9)
             axis.set_ylim(-0.5, len(rows) - 0.5)
             axis.set_xlabel(f"{FIGURES[i]} - {against}'s ({better})", fontsize=9)
         axes[0].set_title(title, fontsize=9, loc="left")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import statistics
+import warnings
 
 import numpy as np
 import pytest
@@ -178,6 +179,15 @@ def test_rows_are_compared_with_one_row_on_request(sweep):
         InputError, match="against must be one of .*'Baseline, max_epochs 200'.*, got 'Baseline, max_epochs 20'"
     ):
         report(folder, against="Baseline, max_epochs 20")
+
+
+def test_rows_with_long_names_are_drawn(sweep):
+    folder, _ = sweep
+    settings = {f"network_def#head#setting_of_the_head_{i}": i for i in range(8)}
+    write_run(folder / "long", np.random.default_rng(2), renderer="anatomical", **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the layout's, that it did not find room for the axes
+        report(folder)
 
 
 def test_what_is_missing_is_said(sweep):
