@@ -32,8 +32,7 @@ class LiteralMorse(nn.Module):
         for i, (mlp, feature) in enumerate(zip(mixture.experts, features)):
             expert = mlp(feature) * keep[:, i].reshape([-1] + [1] * (1 + len(size)))
             upsampled.append(F.interpolate(expert, size, mode=mode, align_corners=False))
-        active = keep.reshape([*keep.shape, *(1 for _ in size)])
-        weights = mixture.gate(torch.cat(upsampled, dim=1)).masked_fill(active == 0, -3e4).softmax(dim=1)
+        weights = mixture.weights(mixture.gate(torch.cat(upsampled, dim=1)), keep)
         x_out = mixture.fuse((weights.unsqueeze(2) * torch.stack(upsampled, dim=1)).sum(1))
         coarse = net.classifier(x_out)
 
