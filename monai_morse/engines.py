@@ -6,6 +6,7 @@ Inferers wrap one another: ``AutocastInferer(FineGridInferer(CoordinatesInferer(
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, List
 
 import numpy as np
@@ -16,6 +17,8 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from monai.utils import fall_back_tuple
 from nibabel.orientations import io_orientation
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from monai_morse.errors import InputError, flag, one_of
 
@@ -204,6 +207,7 @@ class AutocastInferer(Inferer):
     """Another inferer under bfloat16 autocast, on CPU as on CUDA.
 
     The engines' own ``amp`` is float16 with a gradient scaler, on CUDA only. bfloat16 needs no scaler, so ``amp`` stays off.
+    On a CPU, convolutions of maps that are less deep than their kernel stay in float32 in training (see ``_ShallowConv3d``).
 
     Args:
         inferer: the inferer to run, e.g. ``SimpleInferer``.
@@ -220,9 +224,26 @@ class AutocastInferer(Inferer):
         self.enabled = flag(enabled, "amp")
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        trained_on_cpu = self.enabled and inputs.device.type == "cpu" and torch.is_grad_enabled()
         with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.enabled):
-            output = self.inferer(inputs, network, *args, **kwargs)
+            with _ShallowConv3d() if trained_on_cpu else nullcontext():
+                output = self.inferer(inputs, network, *args, **kwargs)
         return _float(output)
+
+
+class _ShallowConv3d(TorchFunctionMode):
+    """3D convolutions of maps less deep than their kernel, in float32 under autocast.
+
+    torch's bfloat16 gradient of their weights is wrong on CPUs with AVX512 (seen in 2.13: maps two deep under a 3 x 3 x 3
+    kernel, relative error 1, now and then NaN).
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.conv3d and len(args) > 1 and args[0].shape[-3] < args[1].shape[-3]:
+            exact: List[Any] = [a.float() if isinstance(a, Tensor) else a for a in args]
+            with torch.autocast("cpu", enabled=False):
+                return func(*exact, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _float(output: Any) -> Any:

@@ -21,7 +21,13 @@ from monai.transforms import (
 
 from monai_morse import InputError, Morse, MorseLoss
 from monai_morse.data import ToScanGridd
-from monai_morse.engines import CoordinatesInferer, FineGridInferer, prepare_batch_with_points, volume_placement
+from monai_morse.engines import (
+    AutocastInferer,
+    CoordinatesInferer,
+    FineGridInferer,
+    prepare_batch_with_points,
+    volume_placement,
+)
 from monai_morse.networks import points as P
 
 
@@ -196,3 +202,17 @@ def test_another_prepare_batch_keeps_what_it_hands_to_the_network():
     image, label, args, kwargs = prepare_batch_with_points(batch, "cpu", prepare=theirs)
     assert image is batch["scan"] and label is batch["truth"] and args == ("guidance",)
     assert kwargs == {"strength": 2, "return_points": True, "grid": [8, 8], "placement": None}
+
+
+@pytest.mark.parametrize("depth, kernel", [(1, 3), (2, 3), (3, 3), (4, 5)])
+def test_bfloat16_gradients_are_those_of_float32_however_shallow_the_maps(depth, kernel):
+    """oneDNN's bfloat16 gradient of a Conv3d's weights is garbage, at times NaN, for maps less deep than the kernel."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(32, 16, kernel, padding=kernel // 2)
+    x, direction = torch.randn(2, 32, depth, 4, 6), torch.randn(2, 16, depth, 4, 6)
+    gradients = {}
+    for amp in (False, True):
+        output = AutocastInferer(SimpleInferer(), enabled=amp)(x, conv)
+        assert output.dtype == torch.float32
+        (gradients[amp],) = torch.autograd.grad((output * direction).sum(), conv.weight)
+    assert torch.linalg.norm(gradients[True] - gradients[False]) < 0.02 * torch.linalg.norm(gradients[False])
