@@ -34,7 +34,7 @@ SYSTEMS = {
 }
 PATIENTS = 10
 # where MORSE helps, docs/results.md: the backbone sees half the resolution, the renderer the voxels around each point
-FINE = {"stride": 2, "image_patch": 5, "patch_norm": True, "network_def#points#num_eval": 8192}
+FINE = {"stride": 2, "network_def#points#num_eval": 8192}
 VOXELS = 250_000  # of a resampled volume, so that two cores need seconds for it
 ITERATIONS = 384
 BATCH_SIZE = 1

@@ -331,6 +331,17 @@ def test_every_cell_takes_a_stride_and_reads_the_image(experts, renderer):
     (out.coarse.sum() + out.point_logits.sum()).backward()
 
 
+@pytest.mark.parametrize(
+    "dims, stride, preset, side",
+    [(2, 1, "light", 3), (3, 1, "light", 3), (2, 2, "light", 7), (3, 2, "light", 5), (3, 2, "paper", 0)],
+)
+def test_the_coarser_the_backbone_sees_the_image_the_more_of_it_is_read(dims, stride, preset, side):
+    net, blind = (morse("DynUNet", dims, stride=stride, preset=preset, image_patch=patch) for patch in (None, 0))
+    assert net.image_patch == side
+    inputs = [n.renderer.mlp.layers[0].weight.shape[1] for n in (net, blind)]
+    assert inputs[0] - inputs[1] == (side**dims + 2 if side else 0)  # the voxels, their mean and spread
+
+
 @pytest.mark.parametrize("options", [{"stride": 0}, {"image_patch": 2}, {"image_patch": -1}])
 def test_a_stride_below_one_and_an_even_patch_are_errors(options):
     with pytest.raises(InputError, match=next(iter(options))):

@@ -33,7 +33,6 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "head": {"width": 64, "num_frequencies": 32},
         "points": {},
         "read_features": True,
-        "image_patch": 3,
         "patch_norm": True,
     },
     "paper": {
@@ -42,7 +41,6 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "head": {"width": 256, "num_frequencies": 128, "residual": False},
         "points": {"oversample": 3},
         "read_features": False,
-        "image_patch": 0,
         "patch_norm": False,
     },
 }
@@ -105,7 +103,7 @@ class Morse(nn.Module):
         read_features: with experts, the renderer reads the decoder features at the point beside x_out; default: ``"light"``
             does, ``"paper"`` reads x_out alone. Without experts the features are what it reads in any case.
         image_patch: the renderer also reads the image's own voxels around each point, a cube of this odd side; 0: none. Default
-            3 in ``"light"``, 0 in ``"paper"``.
+            in ``"light"`` 3, or with a ``stride`` 5 in 3D and 7 in 2D, in ``"paper"`` 0.
         patch_norm: the renderer reads that cube standardised, beside its mean and standard deviation, see
             :func:`monai_morse.networks.points.standardize_patch`; default: ``"light"`` does.
         freeze_backbone: train the mixture and the renderer alone: the backbone's weights have no gradient and it stays in eval
@@ -178,15 +176,17 @@ class Morse(nn.Module):
         self.decoder = DecoderFeatures(backbone, names)
         if stride < 1:
             raise InputError(f"stride must be a whole number from 1 on, got {stride}")
-        image_patch = PRESETS[preset]["image_patch"] if image_patch is None else image_patch
+        channels = [f.channels for f in self.decoder.info]
+        num_classes = self.decoder.num_classes
+        spatial_dims = len(self.decoder.info[0].reduction) if channels else 0
+        if image_patch is None:
+            # the coarser the backbone sees the image, the more there is to read, see docs/results.md
+            image_patch = 0 if preset == "paper" else 3 if stride == 1 else 7 if spatial_dims == 2 else 5
         if image_patch < 0 or (image_patch > 0 and image_patch % 2 == 0):
             raise InputError(f"image_patch must be 0 or an odd number of voxels, got {image_patch}")
         self.stride, self.image_patch = stride, image_patch
         self.patch_norm = PRESETS[preset]["patch_norm"] if patch_norm is None else flag(patch_norm, "patch_norm")
 
-        channels = [f.channels for f in self.decoder.info]
-        num_classes = self.decoder.num_classes
-        spatial_dims = len(self.decoder.info[0].reduction) if channels else 0
         self.mixture: Mixture | None = None
         self.classifier: PointwiseMLP | None = None
         self.renderer: nn.Module | None = None
