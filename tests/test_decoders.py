@@ -110,6 +110,12 @@ def test_windows_that_do_not_fit_are_errors_with_one_that_does(name, wanted, wra
             check_window(net, size)
 
 
+def test_the_window_that_fits_is_found_with_a_stride_of_three():
+    net = Morse(TINY["DynUNet"](3, 3), mixture={"width": 4}, head={"width": 4}, stride=3)
+    with pytest.raises(InputError, match="give --patch_size '.24, 48, 24.'"):  # 3 x 8
+        check_window(net, [20, 30, 20])
+
+
 def test_untraceable_forward_is_an_error():
     class Branching(torch.nn.Module):
         def __init__(self):

@@ -166,7 +166,7 @@ def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) 
         raise InputError(f"patch_size must be a list of positive numbers of voxels, e.g. [32, 32, 32], got {size!r}")
     error: Exception | None = None
     twin = _copy(network)
-    sizes = [[-(-s // multiple) * multiple for s in size] for multiple in (1, 2, 4, 8, 16, 32, 64)]
+    sizes = [[-(-s // multiple) * multiple for s in size] for multiple in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]
     for fitting in sizes + fixed_sizes(network):
         try:
             logits = _fake_run(twin, [1, in_channels, *fitting])
