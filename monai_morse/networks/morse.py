@@ -33,6 +33,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "head": {"width": 64, "num_frequencies": 32},
         "points": {},
         "read_features": True,
+        "image_patch": None,  # by the stride
         "patch_norm": True,
     },
     "paper": {
@@ -41,6 +42,7 @@ PRESETS: Dict[str, Dict[str, Any]] = {
         "head": {"width": 256, "num_frequencies": 128, "residual": False},
         "points": {"oversample": 3},
         "read_features": False,
+        "image_patch": 0,
         "patch_norm": False,
     },
 }
@@ -179,9 +181,10 @@ class Morse(nn.Module):
         channels = [f.channels for f in self.decoder.info]
         num_classes = self.decoder.num_classes
         spatial_dims = len(self.decoder.info[0].reduction) if channels else 0
+        image_patch = PRESETS[preset]["image_patch"] if image_patch is None else image_patch
         if image_patch is None:
             # the coarser the backbone sees the image, the more there is to read, see docs/results.md
-            image_patch = 0 if preset == "paper" else 3 if stride == 1 else 7 if spatial_dims == 2 else 5
+            image_patch = 3 if stride == 1 else 7 if spatial_dims == 2 else 5
         if image_patch < 0 or (image_patch > 0 and image_patch % 2 == 0):
             raise InputError(f"image_patch must be 0 or an odd number of voxels, got {image_patch}")
         self.stride, self.image_patch = stride, image_patch
