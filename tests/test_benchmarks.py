@@ -11,6 +11,7 @@ from benchmarks.cost import Operations, build, measure, parse, table
 from benchmarks.gate import main as gate
 from benchmarks.growth import slope
 from benchmarks.literal import LiteralMorse
+from benchmarks.overview import draw, lines_of
 from monai_morse import Morse, MorseLoss
 
 OPTIONS = {"small": True, "amp": False, "compiled": False, "channels_last": False, "over": []}
@@ -130,3 +131,15 @@ def test_a_bundles_network_is_built_as_it_trains_with_a_rows_options():
     assert size == [48, 64] and batch == 8 and sliced.num_train == 128 and sliced.image_patch == 7 and sliced.patch_norm
     result = measure(folder, "default", 1, times=["inference"], **{**OPTIONS, "over": ["slices.yaml"]})
     assert "error" not in result and result["parameters"][0] > 1
+
+
+def test_the_overview_draws_every_row_of_the_pages_first_table(tmp_path):
+    page = (ROOT / "docs" / "results.md").read_text()
+    lines = lines_of(page)
+    table = page[page.index("| seen at |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == len(table) and all(low <= mean <= high for _, _, (mean, low, high), _, _ in lines)
+    assert all(
+        f"{line.interval[0]:+.2f} [{line.interval[1]:+.2f}, {line.interval[2]:+.2f}]" in row for line, row in zip(lines, table)
+    )
+    draw(lines, tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
