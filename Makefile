@@ -9,7 +9,7 @@ TORCH = $(shell sed -n 's/^torch==//p' requirements.txt)
 .PHONY: demo test lint clean
 
 demo: .venv/ready            ## phantom (or DATA=<MSD folder>), training, inference, evaluation, table and picture in $(OUT)/
-	$(BIN)/python -W ignore -m monai_morse demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(EPOCHS),--epochs $(EPOCHS))
+	$(BIN)/python -W ignore -m tools.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 test: .venv/ready            ## the whole suite
 	$(BIN)/python -m pytest

@@ -4,11 +4,12 @@
 other public names to resolve.
 """
 
-from .errors import InputError, chosen, flag, short_errors
+from .config import lookup, parse_bool
+from .errors import InputError, short_errors
 from .losses import MorseLoss
 from .networks import Morse
 from .weights import load_matching
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "Morse", "MorseLoss", "chosen", "flag", "load_matching", "short_errors"]
+__all__ = ["InputError", "Morse", "MorseLoss", "load_matching", "lookup", "parse_bool", "short_errors"]

@@ -1,4 +1,4 @@
-"""``python -m monai_morse``: phantoms, data prepared, demo, bundles wrapped, sweeps and their tables, what runs and where."""
+"""``python -m monai_morse``: phantoms, data prepared, bundles wrapped, sweeps and their tables."""
 
 from __future__ import annotations
 
@@ -21,27 +21,6 @@ def main(arguments: list[str] | None = None) -> int:
     phantom.add_argument("--patients", type=int, default=20)
     phantom.add_argument("--seed", type=int, default=0)
     phantom.add_argument("--spacing", type=float, nargs=3, default=[2.5, 2.5, 5.0], metavar="MM", help="voxel size")
-
-    demo = commands.add_parser(
-        "demo", help="train, infer and evaluate MORSE next to its bare backbone", formatter_class=formatter
-    )
-    demo.add_argument("--out", default="demo", help="folder for data, runs, table and picture")
-    demo.add_argument("--data", help="a data set in the MSD layout; default: the phantom, written first")
-    demo.add_argument("--epochs", type=int, help="epochs of each training; default: sized for ten minutes on two cores")
-
-    table = commands.add_parser(
-        "systems", help="run all twelve systems on every backbone, tiny, and print what ran", formatter_class=formatter
-    )
-    table.add_argument("backbones", nargs="*", help="names of the table's rows; default: all")
-
-    checks = commands.add_parser(
-        "portability",
-        help="script, trace, export, compile, .. MORSE on every backbone, tiny, and print what works",
-        formatter_class=formatter,
-    )
-    checks.add_argument("backbones", nargs="*", help="names of the table's rows; default: all")
-    checks.add_argument("--checks", nargs="*", help="names of the table's columns; default: all")
-    checks.add_argument("--dims", type=int, nargs="*", choices=[2, 3], help="default: 3D, or 2D where there is no 3D")
 
     prepare = commands.add_parser("prepare", help="write a data set in the MSD layout from what groups have")
     sources = prepare.add_subparsers(dest="kind", required=True)
@@ -83,16 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.command == "phantom":
-            from monai_morse.data import write_ct_phantom, write_phantom
+            from monai_morse.prepare import write_ct_phantom, write_phantom
 
             write = write_ct_phantom if args.modality == "ct" else write_phantom
             write(args.out, args.patients, args.seed, tuple(args.spacing))
         elif args.command == "prepare" and args.kind == "synapse":
-            from monai_morse.data import prepare_synapse
+            from monai_morse.prepare import prepare_synapse
 
             print(prepare_synapse(args.source, args.out))
         elif args.command == "prepare" and args.kind == "mpmri":
-            from monai_morse.data import prepare_mpmri
+            from monai_morse.prepare import prepare_mpmri
 
             words = dict(word.split("=", 1) if "=" in word else (word, "") for word in args.phase_words)
             print(prepare_mpmri(args.source, args.out, args.pattern, args.label_pattern, args.phases, args.label_values, words))
@@ -101,30 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(wrap_bundle(args.bundle, args.out, args.decoder))
         elif args.command == "sweep":
-            from monai_morse.sweep import sweep as run_sweep
+            from monai_morse.experiments.sweep import sweep as run_sweep
 
             shared = args.set, args.cpus, args.gpus, args.address, args.dry_run, args.over
             return run_sweep(args.bundle, args.grid, args.out, *shared)
-        elif args.command == "report":
-            from monai_morse.report import report as make_report
+        else:
+            from monai_morse.experiments.report import report as make_report
 
             print(make_report(args.runs, args.out, args.metric, args.against))
-        elif args.command == "systems":
-            from monai_morse.systems import systems_table
-
-            text, all_ran = systems_table(args.backbones)
-            print(text)
-            return 0 if all_ran else 1
-        elif args.command == "portability":
-            from monai_morse.portability import portability_table
-
-            text, nothing_failed = portability_table(args.backbones, args.checks, args.dims)
-            print(text)
-            return 0 if nothing_failed else 1
-        else:
-            from monai_morse.demo import run_demo
-
-            run_demo(Path(args.out), args.data and Path(args.data), args.epochs)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,32 +9,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
-__all__ = ["InputError", "chosen", "flag", "one_of", "short_errors"]
+__all__ = ["InputError", "find_input_error", "short_errors"]
 
 
 class InputError(ValueError):
     """Input (data, configuration or checkpoint) that cannot be used; the message says which and what to do."""
-
-
-def one_of(name: str, word: str, words: Iterable[str]) -> None:
-    """See that the word given for ``name`` is one of those known.
-
-    >>> one_of("experts", "sparse", ("none", "dense"))
-    Traceback (most recent call last):
-    monai_morse.errors.InputError: experts must be one of ('none', 'dense'), got 'sparse'
-    """
-    if word not in words:
-        raise InputError(f"{name} must be one of {tuple(words)}, got {word!r}")
-
-
-def chosen(name: str, word: str, table: Mapping[str, Any]) -> Any:
-    """The entry of ``table`` that ``word``, given for ``name``, names; see :func:`one_of`."""
-    one_of(name, word, table)
-    return table[word]
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:
@@ -73,18 +55,3 @@ def short_errors() -> None:
 
     sys.excepthook = hook
     logging.setLogRecordFactory(record)
-
-
-def flag(value: bool | str, name: str = "flag") -> bool:
-    """A yes or no from a config or a command line, where ``--resume true`` arrives as a string.
-
-    Raises:
-        InputError: for anything but true and false.
-
-    >>> flag(True), flag("false")
-    (True, False)
-    """
-    words = {"true": True, "false": False}
-    if str(value).lower() not in words:
-        raise InputError(f"{name} must be true or false, got {value!r}")
-    return words[str(value).lower()]

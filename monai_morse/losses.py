@@ -11,7 +11,7 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
-from monai_morse.errors import one_of
+from monai_morse.config import check_choice
 from monai_morse.networks import MorseOutput
 from monai_morse.networks.points import gather_points
 from monai_morse.networks.resampling import resize
@@ -33,7 +33,7 @@ def render_weight(iteration: int, total: int, schedule: str = "scratch", lambda_
     >>> render_weight(75, 100, "ramp"), render_weight(50, 100, "ramp"), render_weight(75, 100, "half"), render_weight(1, 100)
     (0.025, 0.0, 0.1, 0.1)
     """
-    one_of("schedule", schedule, SCHEDULES)
+    check_choice("schedule", schedule, SCHEDULES)
     if schedule == "scratch":
         return lambda_rend
     if iteration <= total / 2:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from monai_morse.systems import BACKBONES
+from tools.systems import BACKBONES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("MORSE_DATA", ROOT.parent / "shared" / "data"))

@@ -164,12 +164,12 @@ def head_by_hand(head, feature, place, coarse, context):
     return coarse + out if head.residual else out
 
 
-def moved(placement, place):
+def moved(window_affine, place):
     """A place in the window -> the place in the volume, by an affine map."""
-    return [sum(a * c for a, c in zip(row[:-1], place)) + row[-1] for row in placement.tolist()]
+    return [sum(a * c for a, c in zip(row[:-1], place)) + row[-1] for row in window_affine.tolist()]
 
 
-def morse_by_hand(net, x, b, placement=None):
+def morse_by_hand(net, x, b, window_affine=None):
     """Sample ``b`` in eval mode: its coarse map (K, *S), and a function of a place that returns the rendered logits there."""
     backbone, size = net.decoder.backbone, list(x.shape[2:])
     with torch.no_grad():
@@ -197,7 +197,7 @@ def morse_by_hand(net, x, b, placement=None):
                 mean, deviation = patch.mean(1, keepdims=True), np.sqrt(patch.var(1, keepdims=True) + 0.01)
                 patch = np.concatenate([(patch - mean) / deviation, mean, deviation], axis=1)
             read.append(patch.flatten())
-        encoded = place if placement is None else moved(placement[b], place)
+        encoded = place if window_affine is None else moved(window_affine[b], place)
         return head_by_hand(net.renderer, np.concatenate(read), encoded, value_at(coarse, place), context)
 
     return coarse, render

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, window
 
-from benchmarks.cost import Operations, build, measure, parse, table
-from benchmarks.gate import main as gate
-from benchmarks.growth import slope
-from benchmarks.literal import LiteralMorse
-from benchmarks.overview import draw, lines_of
 from monai_morse import Morse, MorseLoss
+from tools.cost import Operations, build, measure, parse, table
+from tools.gate import main as gate
+from tools.growth import slope
+from tools.literal import LiteralMorse
+from tools.overview import draw, lines_of
 
 OPTIONS = {"small": True, "amp": False, "compiled": False, "channels_last": False, "over": []}
 

@@ -6,7 +6,7 @@ from conftest import SMALL, TINY
 from monai.inferers import SlidingWindowInferer
 
 from monai_morse import Morse, MorseLoss
-from monai_morse.systems import CELLS
+from tools.systems import CELLS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 SIZE = (32, 48, 16)

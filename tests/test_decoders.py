@@ -8,9 +8,8 @@ from conftest import ROWS, TINY, window
 from monai.networks.nets import BasicUNet
 
 from monai_morse import InputError, Morse
-from monai_morse.networks import DecoderFeatures, check_window
-from monai_morse.networks.decoders import decoder_names
-from monai_morse.systems import BACKBONES
+from monai_morse.networks import DecoderFeatures, check_window, decoder_names
+from tools.systems import BACKBONES
 
 
 @pytest.mark.parametrize("name, dims", ROWS)

@@ -21,13 +21,8 @@ from monai.transforms import (
 
 from monai_morse import InputError, Morse, MorseLoss
 from monai_morse.data import ToScanGridd
-from monai_morse.engines import (
-    AutocastInferer,
-    CoordinatesInferer,
-    FineGridInferer,
-    prepare_batch_with_points,
-    volume_placement,
-)
+from monai_morse.engines import prepare_batch_with_points, window_to_scan
+from monai_morse.inferers import AutocastInferer, CoordinatesInferer, FineGridInferer
 from monai_morse.networks import points as P
 
 
@@ -55,12 +50,12 @@ def batch(path, *transforms, size=1):
     return next(iter(DataLoader(Dataset([{"image": path}] * size, Compose([*LOAD, *transforms])), batch_size=size)))["image"]
 
 
-def difference_to_own(windows, placement):
+def difference_to_own(windows, window_affine):
     """By how much the coordinates that a renderer would encode miss what the voxels themselves say, largest and median."""
     size = list(windows.shape[2:])
     index = torch.arange(int(np.prod(size))).repeat(len(windows), 1)
     said = torch.as_tensor(windows.as_tensor() if isinstance(windows, MetaTensor) else windows).flatten(2).transpose(1, 2)
-    error = (P.place(P.point_coordinates(index, size), placement) - said).abs()
+    error = (P.place(P.point_coordinates(index, size), window_affine) - said).abs()
     error = error[said.abs().sum(-1) > 0]  # padding says nothing
     return error.max().item(), error.median().item()
 
@@ -70,7 +65,7 @@ def test_placement_follows_crops_flips_rotations_and_resampling(own_coordinates)
     turn = RandAffined("image", prob=1, rotate_range=[0.2] * 3, scale_range=[0.1] * 3, padding_mode="zeros")
     crop = RandSpatialCropd("image", roi_size=(12, 16, 10), random_size=False)
     windows = batch(own_coordinates[0], flip, turn, crop, size=2)
-    largest, median = difference_to_own(windows, volume_placement(windows))
+    largest, median = difference_to_own(windows, window_to_scan(windows))
     assert median < 1e-5 and largest < 0.05  # resampling holds edge values: half a voxel is 0.05
 
 
@@ -78,8 +73,8 @@ def test_placement_follows_crops_flips_rotations_and_resampling(own_coordinates)
 def test_sliding_windows_know_their_place(own_coordinates, roi):
     seen = []
 
-    def network(windows, placement):
-        seen.append(difference_to_own(windows, placement))
+    def network(windows, window_affine):
+        seen.append(difference_to_own(windows, window_affine))
         return windows[:, :1]
 
     inferer = CoordinatesInferer(SlidingWindowInferer(roi, sw_batch_size=3, overlap=0.3), "volume")
@@ -106,7 +101,7 @@ def test_a_trained_network_reads_volume_coordinates(own_coordinates):
 
 def test_what_has_no_place_is_an_error(own_coordinates):
     with pytest.raises(InputError, match="coordinates='volume' needs images that LoadImage read"):
-        volume_placement(torch.rand(1, 1, 8, 8))
+        window_to_scan(torch.rand(1, 1, 8, 8))
     with pytest.raises(InputError, match="coordinates must be one of .*'scan'"):
         CoordinatesInferer(SlidingWindowInferer(8), "scan")
     with pytest.raises(InputError, match="wraps a SlidingWindowInferer, got a SimpleInferer"):
@@ -120,7 +115,7 @@ def test_batches_carry_the_labels_grid_and_the_place(own_coordinates):
     image = batch(own_coordinates[0], size=2)
     _, _, _, asked = prepare_batch_with_points({"image": image, "label": image[:, :1]}, "cpu", coordinates="volume")
     assert asked["return_points"] and asked["grid"] == list(image.shape[2:])
-    assert torch.equal(asked["placement"], volume_placement(image))
+    assert torch.equal(asked["window_affine"], window_to_scan(image))
 
 
 @pytest.mark.parametrize("crop", [False, True])
@@ -201,7 +196,7 @@ def test_another_prepare_batch_keeps_what_it_hands_to_the_network():
     batch = {"scan": torch.rand(1, 1, 4, 4), "truth": torch.rand(1, 1, 8, 8)}
     image, label, args, kwargs = prepare_batch_with_points(batch, "cpu", prepare=theirs)
     assert image is batch["scan"] and label is batch["truth"] and args == ("guidance",)
-    assert kwargs == {"strength": 2, "return_points": True, "grid": [8, 8], "placement": None}
+    assert kwargs == {"strength": 2, "return_points": True, "grid": [8, 8], "window_affine": None}
 
 
 @pytest.mark.parametrize("depth, kernel", [(1, 3), (2, 3), (3, 3), (4, 5)])

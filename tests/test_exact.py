@@ -112,11 +112,11 @@ def test_sampling_at_finer_grids_centres_is_interpolate(size, fine):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_placement_is_an_affine_map_of_each_sample(batch, dims):
     places = torch.rand(batch, 6, dims, dtype=torch.float64) * 2 - 1
-    placement = torch.randn(batch, dims, dims + 1, dtype=torch.float64)
-    got = P.place(places, placement)
+    window_affine = torch.randn(batch, dims, dims + 1, dtype=torch.float64)
+    got = P.place(places, window_affine)
     for b in range(batch):
         for p in range(6):
-            np.testing.assert_allclose(got[b, p], moved(placement[b], places[b, p].tolist()), **CLOSE)
+            np.testing.assert_allclose(got[b, p], moved(window_affine[b], places[b, p].tolist()), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -213,19 +213,19 @@ def test_rendering_at_any_place_in_a_window_that_lies_anywhere(
 ):
     dims = len(size)
     net = pyramid_morse(dims, classes, channels, strides, experts=experts, coarse=coarse, renderer=renderer)
-    x, placement = torch.randn(batch, 1, *size, dtype=torch.float64), affine_maps(batch, dims)
+    x, window_affine = torch.randn(batch, 1, *size, dtype=torch.float64), affine_maps(batch, dims)
     places = torch.rand(batch, 5, dims, dtype=torch.float64) * 2 - 1
     identity = torch.eye(dims, dims + 1, dtype=torch.float64).expand(batch, -1, -1)
     with torch.no_grad():
         got, got_placed, got_same = (
             net.render_at(x, places),
-            net.render_at(x, places, placement),
+            net.render_at(x, places, window_affine),
             net.render_at(x, places, identity),
         )
     np.testing.assert_allclose(got_same, got, **CLOSE)
     assert renderer == "pointrend" or not torch.allclose(got_placed, got)
     for b in range(batch):
-        render, render_placed = morse_by_hand(net, x, b)[1], morse_by_hand(net, x, b, placement)[1]
+        render, render_placed = morse_by_hand(net, x, b)[1], morse_by_hand(net, x, b, window_affine)[1]
         for p in range(5):
             np.testing.assert_allclose(got[b, :, p], render(places[b, p].tolist()), **CLOSE)
             np.testing.assert_allclose(got_placed[b, :, p], render_placed(places[b, p].tolist()), **CLOSE)
@@ -238,12 +238,12 @@ def test_rendering_at_any_place_in_a_window_that_lies_anywhere(
 def test_prediction_on_a_finer_grid(window, grid, experts, coarse, renderer, placed):
     batch, classes, size, channels, strides = window
     net = pyramid_morse(len(size), classes, channels, strides, experts=experts, coarse=coarse, renderer=renderer)
-    x, placement = torch.randn(batch, 1, *size, dtype=torch.float64), affine_maps(batch, len(size)) if placed else None
+    x, window_affine = torch.randn(batch, 1, *size, dtype=torch.float64), affine_maps(batch, len(size)) if placed else None
     with torch.no_grad():
-        got = net(x, grid=grid, placement=placement).numpy()
+        got = net(x, grid=grid, window_affine=window_affine).numpy()
     number = math.ceil(7 * math.prod(grid) / math.prod(size))  # as much space as 7 voxels of the window fill
     for b in range(batch):
-        coarse_map, render = morse_by_hand(net, x, b, placement)
+        coarse_map, render = morse_by_hand(net, x, b, window_affine)
         finer = np.stack([value_at(coarse_map, centre(v, grid)) for v in voxels(grid)], 1).reshape(classes, *grid)
         chosen = most_uncertain(finer, number)
         assert len(chosen) == number
@@ -260,12 +260,12 @@ def test_prediction_on_a_finer_grid(window, grid, experts, coarse, renderer, pla
 def test_training_points_are_rendered_at_their_voxels_centres(window, grid, experts, coarse, renderer):
     batch, classes, size, channels, strides = window
     net = pyramid_morse(len(size), classes, channels, strides, experts=experts, coarse=coarse, renderer=renderer).train()
-    x, placement = torch.randn(batch, 1, *size, dtype=torch.float64), affine_maps(batch, len(size))
+    x, window_affine = torch.randn(batch, 1, *size, dtype=torch.float64), affine_maps(batch, len(size))
     with torch.no_grad():
-        out = net(x, return_points=True, grid=grid, placement=placement)
+        out = net(x, return_points=True, grid=grid, window_affine=window_affine)
     assert out.point_index.shape == (batch, 9)
     for b in range(batch):
-        coarse_map, render = morse_by_hand(net, x, b, placement)
+        coarse_map, render = morse_by_hand(net, x, b, window_affine)
         np.testing.assert_allclose(out.coarse[b], coarse_map, **CLOSE)
         for p, index in enumerate(out.point_index[b].tolist()):
             place = centre(np.unravel_index(index, grid or size), grid or size)

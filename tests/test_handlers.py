@@ -17,7 +17,6 @@ from monai.transforms import Activationsd, AsDiscreted, Compose
 
 from monai_morse import InputError, Morse, MorseLoss
 from monai_morse.data import ToScanGridd
-from monai_morse.engines import AutocastInferer, CoordinatesInferer, FineGridInferer
 from monai_morse.handlers import (
     BestModel,
     BoundaryErrors,
@@ -31,9 +30,10 @@ from monai_morse.handlers import (
     WeightsLoader,
     evaluation,
 )
+from monai_morse.inferers import AutocastInferer, CoordinatesInferer, FineGridInferer
 from monai_morse.losses import render_weight
 from monai_morse.metrics import boundary_distance
-from monai_morse.pictures import boundary_picture
+from monai_morse.visualize import boundary_picture
 
 
 def start_after(engine, epoch, length):

@@ -17,9 +17,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from warm import TORCHRUN, bundle_run, run_module
 
 import monai_morse.data
-from monai_morse.data import dicom_scans, mpmri, msd_cases, phantom_mpmri, prepare_mpmri, read_scan, write_phantom
+from monai_morse.data import dicom_scans, msd_cases, read_scan
 from monai_morse.errors import find_input_error
 from monai_morse.losses import render_weight
+from monai_morse.prepare import mpmri, phantom_mpmri, prepare_mpmri, write_phantom
 
 BUNDLE = ROOT / "bundles" / "liver_mpmri_morse"
 CONFIGS = BUNDLE / "configs"

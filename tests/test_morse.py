@@ -14,7 +14,7 @@ from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 
 from monai_morse import InputError, Morse
 from monai_morse.networks import points as P
-from monai_morse.systems import BACKBONES, CELLS, run_tiny
+from tools.systems import BACKBONES, CELLS, run_tiny
 
 
 def image(dims, batch=2):

@@ -14,18 +14,10 @@ from conftest import real_data, write_dicom
 from monai.transforms import LoadImaged
 
 from monai_morse.__main__ import main
-from monai_morse.data import (
-    dicom_scans,
-    mpmri,
-    msd_cases,
-    phantom_mpmri,
-    prepare_mpmri,
-    read_scan,
-    usable_cases,
-    write_phantom,
-)
+from monai_morse.data import dicom_scans, msd_cases, read_scan, usable_cases
 from monai_morse.data.dicom import reoriented
 from monai_morse.errors import InputError
+from monai_morse.prepare import mpmri, phantom_mpmri, prepare_mpmri, write_phantom
 
 PHASES = ("pre", "arterial", "venous")
 OBLIQUE = np.array([[0.99, -0.14, 0, -30], [0.14, 0.99, 0, 12], [0, 0, 3, 7], [0, 0, 0, 1]])

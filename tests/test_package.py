@@ -8,7 +8,8 @@ from conftest import ROOT
 from monai.bundle import ConfigParser
 
 import monai_morse
-from monai_morse.errors import find_input_error, flag
+from monai_morse.config import parse_bool
+from monai_morse.errors import find_input_error
 
 UNET = {"_target_": "UNet", "spatial_dims": 2, "in_channels": 1, "out_channels": 2, "channels": [4, 8], "strides": [2]}
 DEF = {"backbone": UNET, "num_experts": 2, "mixture": {"width": 4}, "head": {"width": 4}}
@@ -52,16 +53,17 @@ def test_unknown_word_in_a_config_is_found_behind_monais_wrapping():
 def test_short_errors_print_the_message_alone():
     code = (
         "import monai_morse\nmonai_morse.short_errors()\n"
-        "try:\n    monai_morse.flag('maybe', 'resume')\nexcept Exception as e:\n    raise RuntimeError('wrapped') from e\n"
+        "try:\n    monai_morse.parse_bool('maybe', 'resume')\n"
+        "except Exception as e:\n    raise RuntimeError('wrapped') from e\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: resume must be true or false, got 'maybe'"
-    other = code.replace("monai_morse.flag('maybe', 'resume')", "1 / 0")
+    other = code.replace("monai_morse.parse_bool('maybe', 'resume')", "1 / 0")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", other], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.parametrize("value, expected", [(True, True), ("true", True), ("False", False), (False, False)])
 def test_flags_from_command_lines(value, expected):
-    assert flag(value) is expected
+    assert parse_bool(value) is expected

@@ -9,7 +9,7 @@ import pytest
 
 from monai_morse import InputError
 from monai_morse.data import msd_cases
-from monai_morse.data.phantom import CLASSES, PHASES, Patient, write_phantom
+from monai_morse.prepare.phantom import CLASSES, PHASES, Patient, write_phantom
 
 COARSE = (7.0, 7.0, 9.0)
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from monai_morse import InputError, Morse, portability
-from monai_morse.portability import CHECKS, portability_table
-from monai_morse.systems import BACKBONES
+from monai_morse import InputError, Morse
+from tools import portability
+from tools.portability import CHECKS, portability_table
+from tools.systems import BACKBONES
 
 EVERY_CHECK = [("DynUNet", 3), ("TransUNet", 2)]
 # slow ones; all but DDP are on every backbone in test_morse.py

@@ -15,8 +15,8 @@ from scipy.stats import wilcoxon
 
 from monai_morse import InputError
 from monai_morse.__main__ import main
-from monai_morse.diagnostics import read_curve, write_curve
-from monai_morse.report import paired_difference, read_runs, report, rows_of
+from monai_morse.experiments.diagnostics import read_curve, write_curve
+from monai_morse.experiments.report import paired_difference, read_runs, report, rows_of
 
 COLUMNS = ("dice", "jaccard", "hd95_mm", "asd_mm", "paper_dice", "paper_jaccard", "paper_hd95", "paper_asd")
 CLASSES = ("liver", "spleen")

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from monai_morse import InputError
 from monai_morse.__main__ import main
-from monai_morse.sweep import parse_options, plan_sweep, run_cell, run_sweep
+from monai_morse.experiments.sweep import parse_options, plan_sweep, run_cell, run_sweep
 
 TRAIN = """
 imports: [$from pathlib import Path]
@@ -89,7 +89,7 @@ def test_one_cell_fails_the_other_is_done_and_a_second_call_runs_only_what_is_le
     monkeypatch.setattr("sys.executable", str(python))
     cells = plan_sweep(bundle, **words)
     monkeypatch.undo()
-    monkeypatch.setattr("monai_morse.sweep.plan_sweep", lambda *args: cells)
+    monkeypatch.setattr("monai_morse.experiments.sweep.plan_sweep", lambda *args: cells)
     # all CPUs: one after the other, in one worker
     assert (
         main(["sweep", "--bundle", str(bundle), "--out", str(runs), "--grid", "fold=[0,1]", "--cpus", str(os.cpu_count())]) == 1

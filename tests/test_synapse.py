@@ -10,9 +10,10 @@ from conftest import SHARED_DATA
 
 from monai_morse import InputError
 from monai_morse.__main__ import main
-from monai_morse.data import msd_cases, prepare_synapse, synapse_phantom, write_ct_phantom
-from monai_morse.data.phantom_ct import CTPatient
-from monai_morse.data.synapse import ORGANS, TEST, TRAIN
+from monai_morse.data import msd_cases
+from monai_morse.prepare import prepare_synapse, synapse_phantom, write_ct_phantom
+from monai_morse.prepare.phantom_ct import CTPatient
+from monai_morse.prepare.synapse import ORGANS, TEST, TRAIN
 
 h5py = pytest.importorskip("h5py", reason="pip install monai_morse[synapse]")
 

@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_transunet import public_arrays, saved
 from warm import TORCHRUN, bundle_run, run_module
 
-from monai_morse.data import msd_cases, prepare_synapse, synapse_phantom
-from monai_morse.data.synapse import ORGANS, WINDOW
+from monai_morse.data import msd_cases
 from monai_morse.errors import InputError, find_input_error
+from monai_morse.prepare import prepare_synapse, synapse_phantom
+from monai_morse.prepare.synapse import ORGANS, WINDOW
 from monai_morse.weights import load_vit
 
 BUNDLE = ROOT / "bundles" / "synapse_ct_morse"

@@ -11,8 +11,7 @@ from conftest import check_twins
 from scipy import ndimage
 
 from monai_morse import InputError
-from monai_morse.networks import DecoderFeatures
-from monai_morse.networks.decoders import decoder_names
+from monai_morse.networks import DecoderFeatures, decoder_names
 from monai_morse.networks.transunet import TransUNet
 
 SMALL = {

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from conftest import check_twins
 
 from monai_morse import InputError
-from monai_morse.networks import DecoderFeatures
-from monai_morse.networks.decoders import decoder_names
+from monai_morse.networks import DecoderFeatures, decoder_names
 from monai_morse.networks.unet3d import UNet3D
 
 

@@ -6,7 +6,7 @@ from conftest import SMALL, TINY
 from monai.networks.nets import UNet
 
 from monai_morse import InputError, Morse, load_matching
-from monai_morse.systems import CELLS
+from tools.systems import CELLS
 
 
 def morse(experts="stochastic", renderer="anatomical", classes=3, **options):

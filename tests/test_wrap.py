@@ -18,7 +18,8 @@ from zoo import BUNDLES, first, original_network, write_bundle
 from monai_morse import InputError, Morse
 from monai_morse.__main__ import main
 from monai_morse.weights import BACKBONE
-from monai_morse.wrap import _code_of, wrap_bundle
+from monai_morse.wrap import wrap_bundle
+from monai_morse.wrap.wrap import _code_of
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 WARM = multiprocessing.get_context("forkserver")
 MONAI = ["ignite.engine", "monai.bundle", "monai.engines", "monai.handlers"]
-WARM.set_forkserver_preload(["fire", "torch._dynamo", *MONAI, "monai_morse", "monai_morse.data", "monai_morse.engines"])
+WARM.set_forkserver_preload(["fire", "torch._dynamo", *MONAI, "monai_morse", "monai_morse.data", "monai_morse.inferers"])
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")  # before a module's words: two processes
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from monai_morse.errors import InputError, one_of
+from monai_morse.config import check_choice
+from monai_morse.errors import InputError
 
 from .dicom import is_dicom_scan, read_scan
-from .files import check_writable, written_whole
+from .files import atomic_write, check_writable
 
 __all__ = ["check_split", "find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
 
@@ -39,7 +40,7 @@ def read_listing(dataset_dir: str | Path) -> dict:
 
 
 def write_listing(dataset_dir: Path, content: Mapping[str, Any]) -> None:
-    with written_whole(dataset_dir / "dataset.json") as partial:
+    with atomic_write(dataset_dir / "dataset.json") as partial:
         partial.write_text(json.dumps(content, indent=1))
 
 
@@ -113,7 +114,7 @@ def msd_cases(
     broken = [e for e in entries if not isinstance(e, Mapping) or not {"image", "label"} <= e.keys()]
     if broken:
         raise InputError(f"{root}/dataset.json: every training case needs an image and a label, got {broken[0]}")
-    one_of("split", split, (*own, "all") if own else ("train", "val", "all", "test"))
+    check_choice("split", split, (*own, "all") if own else ("train", "val", "all", "test"))
     if split == "all" or own:
         wanted = [e for e in entries if split in ("all", e.get("split"))]
         return [{k: str(root / e[k]) for k in ("image", "label")} for e in wanted]

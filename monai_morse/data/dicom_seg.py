@@ -16,7 +16,7 @@ from monai.utils import optional_import
 from monai_morse.errors import InputError
 
 from .dicom import is_dicom_scan, series_files
-from .files import written_whole
+from .files import atomic_write
 
 __all__ = ["SaveDicomSegd"]
 
@@ -96,5 +96,5 @@ class SaveDicomSegd(MapTransform):
             software_versions=version("monai_morse"),
             device_serial_number="0",
         )
-        with written_whole(self.output_dir / f"{Path(scan).stem}_seg.dcm") as partial:
+        with atomic_write(self.output_dir / f"{Path(scan).stem}_seg.dcm") as partial:
             segmentation.save_as(partial)

@@ -15,16 +15,16 @@ from monai_morse.errors import InputError
 
 from .dicom import dicom_scans
 
-__all__ = ["AtomicNibabelWriter", "check_writable", "scan_name", "scans_in", "written_whole"]
+__all__ = ["AtomicNibabelWriter", "check_writable", "scan_name", "scans_in", "atomic_write"]
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A place beside ``path`` to write to, moved onto ``path`` at the end, so that a kill leaves the old file or the new one.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with written_whole(Path(folder) / "table.csv") as partial:
+    ...     with atomic_write(Path(folder) / "table.csv") as partial:
     ...         _ = partial.write_text("whole")
     ...     (Path(folder) / "table.csv").read_text()
     'whole'
@@ -91,11 +91,11 @@ def check_writable(*folders: str | Path) -> None:
 
 
 class AtomicNibabelWriter(NibabelWriter):
-    """``NibabelWriter`` that leaves no torn label map when it is killed, see :func:`written_whole`.
+    """``NibabelWriter`` that leaves no torn label map when it is killed, see :func:`atomic_write`.
 
     Use it as ``SaveImaged(writer=AtomicNibabelWriter)``.
     """
 
     def write(self, filename: Any, verbose: bool = False, **obj_kwargs: Any) -> None:
-        with written_whole(filename) as partial:
+        with atomic_write(filename) as partial:
             super().write(partial, verbose=verbose, **obj_kwargs)

@@ -19,7 +19,7 @@ class ToScanGridd(MapTransform):
     """Resample predictions to the grid of the scan as it was stored, in one linear interpolation.
 
     Goes by the affine alone, so it undoes orientation, spacing, crops and pads in whatever order they came, for predictions
-    on the image's grid (as ``Invertd`` does) and on a finer one (:class:`monai_morse.engines.FineGridInferer`).
+    on the image's grid (as ``Invertd`` does) and on a finer one (:class:`monai_morse.inferers.FineGridInferer`).
 
     Args:
         keys: predictions, ``MetaTensor`` (C, *S) with the image's meta data, e.g. probabilities of ``"pred"``.

@@ -17,8 +17,9 @@ from ignite.engine import Engine, Events
 from monai.networks.utils import get_state_dict
 from torch import nn
 
-from monai_morse.data import written_whole
-from monai_morse.errors import InputError, flag
+from monai_morse.config import parse_bool
+from monai_morse.data import atomic_write
+from monai_morse.errors import InputError
 from monai_morse.weights import load_matching, read_checkpoint
 
 __all__ = ["BestModel", "LastModel", "TrainingState", "WeightsLoader"]
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @idist.one_rank_only()
 def _save(obj: Any, path: Path) -> None:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         torch.save(obj, partial)
 
 
@@ -42,7 +43,7 @@ def _keep_earlier(path: Path) -> None:
         logger.info("kept %s of an earlier training as %s", path.name, kept)
 
 
-def bare(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """A network out of ``DistributedDataParallel``."""
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
@@ -77,7 +78,7 @@ class WeightsLoader:
 
     def __init__(self, load_path: str, network: nn.Module, matching: bool = False) -> None:
         self.load_path = load_path
-        self.network = bare(network)
+        self.network = unwrap(network)
         self.matching = matching
 
     def attach(self, engine: Engine) -> None:
@@ -128,7 +129,7 @@ class TrainingState:
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
-        self.resume = flag(resume, "resume")
+        self.resume = parse_bool(resume, "resume")
         self.settings = {k: list(v) if isinstance(v, tuple) else v for k, v in (settings or {}).items()}
 
     def attach(self, engine: Engine) -> None:
@@ -157,7 +158,7 @@ class TrainingState:
                 )
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
-        _load_network(bare(self.network), state["model"], self.path)
+        _load_network(unwrap(self.network), state["model"], self.path)
         self._load_optimizer(state["optimizer"], state["epoch"])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["epoch"] * engine.state.epoch_length
         if self.evaluator is not None:

@@ -20,13 +20,13 @@ from monai.engines.utils import IterationEvents
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
 from monai.networks.utils import eval_mode
 
-from monai_morse.data import ToScanGridd, scan_name, written_whole
+from monai_morse.data import ToScanGridd, atomic_write, scan_name
 from monai_morse.errors import InputError
 from monai_morse.metrics import PaperFigures, boundary_distance, paper_figures
 from monai_morse.networks import Morse
-from monai_morse.pictures import boundary_picture
+from monai_morse.visualize import boundary_picture
 
-from .checkpoints import bare
+from .checkpoints import unwrap
 
 __all__ = ["BoundaryErrors", "CasePictures", "CaseReport", "ClassMetrics", "mean_of"]
 
@@ -143,7 +143,7 @@ class CaseReport:
 
     @idist.one_rank_only()
     def _write(self) -> None:
-        with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
+        with atomic_write(self.path) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, *self.PAPER_FIGURES, "seconds"])
             writer.writeheader()
             for row in self.rows:
@@ -188,7 +188,7 @@ class _LooksInside:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def _look_inside(self, engine: Engine) -> None:
-        network, output = bare(engine.network), engine.state.output  # what the engine decollates with the prediction
+        network, output = unwrap(engine.network), engine.state.output  # what the engine decollates with the prediction
         if not isinstance(network, Morse):
             raise InputError(f"{type(self).__name__} needs a Morse network, this is a {type(network).__name__}; leave it out")
         with eval_mode(network):
@@ -209,7 +209,7 @@ class CasePictures(_LooksInside):
 
     It asks the engine's inferer for the coarse map and the voxels as well, so an evaluation takes three times as long: attach
     it after :class:`CaseReport`, whose seconds are then the prediction's alone. Expects one-hot ``pred`` and ``label`` of 3D
-    scans, on the scan's own grid, in the engine's output. Drawn by :func:`monai_morse.pictures.boundary_picture`.
+    scans, on the scan's own grid, in the engine's output. Drawn by :func:`monai_morse.visualize.boundary_picture`.
 
     Args:
         folder: where to write ``CASE.png``.
@@ -289,7 +289,7 @@ class BoundaryErrors(_LooksInside):
 
     @idist.one_rank_only()
     def _write(self) -> None:
-        with written_whole(self.path) as partial, open(partial, "w", newline="") as file:
+        with atomic_write(self.path) as partial, open(partial, "w", newline="") as file:
             csv.writer(file).writerows([self.COLUMNS, *self.rows])
 
 

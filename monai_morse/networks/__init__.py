@@ -4,13 +4,15 @@ Shape shorthand of all docstrings: ``B`` batch, ``C`` channels, ``K`` classes, `
 ``*S`` spatial size, (H, W) or (D, H, W), and ``V`` its product, the number of voxels.
 """
 
-from .decoders import DecoderFeatures, FeatureInfo, check_window
+from .backbones import decoder_names, register_backbone
+from .decoders import DecoderFeatures, FeatureInfo
 from .experts import Mixture
 from .morse import Morse, MorseOutput
 from .points import PointSelection
 from .renderers import AnatomicalHead, FourierEncoding, ImplicitPointRendHead, PointRendHead
 from .transunet import TransUNet
 from .unet3d import UNet3D
+from .windows import check_window
 
 __all__ = [
     "AnatomicalHead",
@@ -26,4 +28,6 @@ __all__ = [
     "TransUNet",
     "UNet3D",
     "check_window",
+    "decoder_names",
+    "register_backbone",
 ]

@@ -17,27 +17,17 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple
 
 import torch
-from monai.networks.nets import (
-    UNETR,
-    AttentionUnet,
-    BasicUNet,
-    DynUNet,
-    FlexibleUNet,
-    MedNeXt,
-    SegResNet,
-    SegResNetDS,
-    SwinUNETR,
-    UNet,
-    VNet,
-)
+from monai.networks.nets import UNETR
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from monai_morse.errors import InputError
 
+from .backbones import decoder_names
+
 DecoderFunction = Callable[[nn.Module, Tensor], Tuple[Tensor, List[Tensor]]]
 
-__all__ = ["DecoderFeatures", "FeatureInfo", "check_window", "decoder_names"]
+__all__ = ["DecoderFeatures", "DecoderFunction", "FeatureInfo"]
 
 
 @dataclass(frozen=True)
@@ -49,73 +39,8 @@ class FeatureInfo:
     reduction: Tuple[float, ...]
 
 
-def _unet(net: UNet) -> List[str]:
-    names: List[str] = []
-    path: str = "model"
-    block: Any = net.model
-    while isinstance(block, nn.Sequential) and len(block) == 3 and hasattr(block[1], "submodule"):
-        names.append(f"{path}.2")
-        path, block = f"{path}.1.submodule", block[1].submodule
-    return [path, *reversed(names)]
-
-
-def _attention_unet(net: AttentionUnet) -> List[str]:
-    names = ["model.1"]
-    block: Any = net.model[1].submodule
-    while isinstance(block, nn.Sequential) and hasattr(block[-1], "submodule"):
-        names.append(f"{names[-1]}.submodule.1")
-        block = block[-1].submodule
-    return [f"{names[-1]}.submodule", *reversed(names)]
-
-
-def _each(pattern: str, blocks: Any) -> List[str]:
-    return [pattern.format(i) for i in range(len(blocks))]
-
-
-_NAMES: List[Tuple[type, Callable[[Any], List[str]]]] = [
-    (UNet, _unet),
-    (AttentionUnet, _attention_unet),
-    (BasicUNet, lambda net: ["down_4", "upcat_4", "upcat_3", "upcat_2", "upcat_1"]),
-    (DynUNet, lambda net: ["bottleneck", *_each("upsamples.{}", net.upsamples)]),
-    (SegResNet, lambda net: [f"down_layers.{len(net.down_layers) - 1}", *_each("up_layers.{}", net.up_layers)]),
-    (
-        SegResNetDS,
-        lambda net: [f"encoder.layers.{len(net.encoder.layers) - 1}.blocks", *_each("up_layers.{}.blocks", net.up_layers)],
-    ),
-    (UNETR, lambda net: ["decoder5", "decoder4", "decoder3", "decoder2"]),
-    (SwinUNETR, lambda net: ["encoder10", "decoder5", "decoder4", "decoder3", "decoder2", "decoder1"]),
-    (VNet, lambda net: ["down_tr256", "up_tr256", "up_tr128", "up_tr64", "up_tr32"]),
-    (FlexibleUNet, lambda net: _each("decoder.blocks.{}", net.decoder.blocks)),
-    (MedNeXt, lambda net: ["bottleneck", *_each("dec_stages.{}", net.dec_stages)]),
-]
 # methods of MONAI networks that look at the input's size and return nothing the forward needs; not while it is traced
 _SIZE_CHECKS = ("_check_input_size", "is_valid_shape")
-
-
-def decoder_names(backbone: nn.Module) -> List[str]:
-    """Names of a backbone's decoder features, coarse to fine, the bottleneck first where it is one module's output.
-
-    Args:
-        backbone: a module with an attribute ``decoder_names``, or one of MONAI's ``UNet``, ``AttentionUnet``, ``BasicUNet``,
-            ``DynUNet``, ``SegResNet``, ``SegResNetDS``, ``UNETR``, ``SwinUNETR`` (``HyenaNDUNETR``), ``VNet``,
-            ``FlexibleUNet``, ``MedNeXt``; 2D or 3D.
-
-    Raises:
-        InputError: for any other class, whose features the caller must name.
-
-    >>> decoder_names(BasicUNet(features=(4, 4, 4, 4, 4, 4)))
-    ['down_4', 'upcat_4', 'upcat_3', 'upcat_2', 'upcat_1']
-    """
-    own: Any = getattr(backbone, "decoder_names", None)
-    if own is not None:
-        return list(own)
-    for kind, names in _NAMES:
-        if isinstance(backbone, kind):
-            return names(backbone)
-    raise InputError(
-        f"the decoder features of {type(backbone).__name__} are not known: give decoder=[names of the submodules whose "
-        "outputs they are, coarse to fine]; network.named_modules() lists the names"
-    )
 
 
 def _known_names(backbone: nn.Module) -> List[str]:
@@ -125,14 +50,14 @@ def _known_names(backbone: nn.Module) -> List[str]:
         return []
 
 
-def _copy(network: nn.Module) -> nn.Module:
+def copy_for_tracing(network: nn.Module) -> nn.Module:
     """A deep copy in eval mode, which may be traced and run without a trace in the network itself."""
     # DynUNet keeps feature maps of its last forward, which deepcopy refuses to copy
     kept = [t for m in network.modules() for t in getattr(m, "heads", None) or [] if isinstance(t, Tensor)]
     return copy.deepcopy(network, {id(t): t.detach() for t in kept}).eval()
 
 
-def _fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
+def fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
     """What ``network`` returns for an input of this shape, as fake tensors: shapes without memory or arithmetic."""
     like = next(network.parameters())
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what does not fit
@@ -147,38 +72,6 @@ def _fake_run(network: nn.Module, shape: Sequence[int]) -> Any:
 def fixed_sizes(network: nn.Module) -> List[List[int]]:
     """The one window size of a network with a position embedding for each place (UNETR)."""
     return [[f * p for f, p in zip(m.feat_size, m.patch_size)] for m in network.modules() if isinstance(m, UNETR)]
-
-
-def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) -> None:
-    """See that a network takes windows of a size, before work starts.
-
-    Args:
-        network: (B, C, *S) -> logits.
-        size: *S, e.g. a bundle's ``patch_size``.
-        in_channels: C, default 1.
-
-    Raises:
-        InputError: when it does not, naming a size close by that it takes, if there is one.
-
-    >>> check_window(BasicUNet(features=(4, 4, 4, 4, 4, 4)), [32, 48, 16])
-    """
-    if not isinstance(size, Sequence) or not all(isinstance(s, int) and s > 0 for s in size):
-        raise InputError(f"patch_size must be a list of positive numbers of voxels, e.g. [32, 32, 32], got {size!r}")
-    error: Exception | None = None
-    twin = _copy(network)
-    sizes = [[-(-s // multiple) * multiple for s in size] for multiple in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)]
-    for fitting in sizes + fixed_sizes(network):
-        try:
-            logits = _fake_run(twin, [1, in_channels, *fitting])
-        except Exception as e:
-            error = error or e
-            continue
-        if list(logits.shape[2:]) != fitting:
-            continue
-        if fitting != list(size):
-            raise InputError(f"the network does not take windows of {list(size)} voxels; give --patch_size '{fitting}'")
-        return
-    raise InputError(f"the network does not take {in_channels} channel(s) of {list(size)} voxels: {error}") from error
 
 
 class _Tracer(fx.Tracer):
@@ -226,6 +119,7 @@ class DecoderFeatures(nn.Module):
 
     With features asked for, the logits are those of eval mode in training too: heads of deep supervision are not run.
 
+    >>> from monai.networks.nets import BasicUNet
     >>> features = DecoderFeatures(BasicUNet(2, 1, 3, features=(4, 4, 8, 16, 32, 4)), ["upcat_2", "upcat_1"])
     >>> [(f.channels, f.reduction) for f in features.info]
     [(4, (2.0, 2.0)), (4, (1.0, 1.0))]
@@ -242,7 +136,7 @@ class DecoderFeatures(nn.Module):
         self.in_channels = self.num_classes = 0
         if not callable(self.names) and not self.names:
             return
-        twin = _Root(_copy(backbone))
+        twin = _Root(copy_for_tracing(backbone))
         forward = _called_forward(self.names) if callable(self.names) else _traced_forward(twin, self.names)
         # a class of its own, so that ``forward`` is ordinary source code to torch.jit, torch.export and torch.compile
         self.__class__ = type(type(self).__name__, (type(self),), {"forward": forward, "__module__": __name__})
@@ -333,7 +227,7 @@ def _dry_run(root: _Root) -> Tuple[List[Tuple[int, Tuple[float, ...]]], int, int
     error: Exception | None = None
     for size in [[length] * (conv.weight.ndim - 2) for length in (32, 64, 96, 128, 224)] + fixed_sizes(root):
         try:
-            logits, maps = _fake_run(root, [1, channels, *size])
+            logits, maps = fake_run(root, [1, channels, *size])
         except Exception as e:  # the backbone wants a larger window
             error = error or e
             continue

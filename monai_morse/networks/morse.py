@@ -7,11 +7,13 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from monai_morse.errors import InputError, flag, one_of
+from monai_morse.config import check_choice, parse_bool
+from monai_morse.errors import InputError
 
 from . import points as P
 from . import streaming
-from .decoders import DecoderFeatures, DecoderFunction, decoder_names
+from .backbones import decoder_names
+from .decoders import DecoderFeatures, DecoderFunction
 from .experts import Mixture, PointwiseMLP
 from .renderers import AnatomicalHead, ImplicitPointRendHead, PointRendHead
 from .resampling import resize, shrink
@@ -147,15 +149,17 @@ class Morse(nn.Module):
         freeze_backbone: bool | str = False,
     ) -> None:
         super().__init__()
-        one_of("experts", experts, EXPERTS)
-        one_of("renderer", renderer, RENDERERS)
-        one_of("preset", preset, PRESETS)
+        check_choice("experts", experts, EXPERTS)
+        check_choice("renderer", renderer, RENDERERS)
+        check_choice("preset", preset, PRESETS)
         if coarse is None:
             coarse = "experts" if renderer == "none" else PRESETS[preset]["coarse"]
-        one_of("coarse", coarse, COARSE)
+        check_choice("coarse", coarse, COARSE)
         mixture, head = {**PRESETS[preset]["mixture"], **(mixture or {})}, {**PRESETS[preset]["head"], **(head or {})}
         points = {**PRESETS[preset]["points"], **(points or {})}
-        read_features = PRESETS[preset]["read_features"] if read_features is None else flag(read_features, "read_features")
+        read_features = (
+            PRESETS[preset]["read_features"] if read_features is None else parse_bool(read_features, "read_features")
+        )
         if experts != "none" and renderer == "none" and coarse == "backbone":
             raise InputError("experts without a renderer need coarse='experts': nothing else would use them")
         self.points = _build("points", P.PointSelection, **points)
@@ -188,7 +192,7 @@ class Morse(nn.Module):
         if image_patch < 0 or (image_patch > 0 and image_patch % 2 == 0):
             raise InputError(f"image_patch must be 0 or an odd number of voxels, got {image_patch}")
         self.stride, self.image_patch = stride, image_patch
-        self.patch_norm = PRESETS[preset]["patch_norm"] if patch_norm is None else flag(patch_norm, "patch_norm")
+        self.patch_norm = PRESETS[preset]["patch_norm"] if patch_norm is None else parse_bool(patch_norm, "patch_norm")
 
         self.mixture: Mixture | None = None
         self.classifier: PointwiseMLP | None = None
@@ -207,7 +211,7 @@ class Morse(nn.Module):
             sizes = read + self.decoder.in_channels * patch, num_classes, spatial_dims, context
             self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
         self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
-        self.freeze_backbone = flag(freeze_backbone, "freeze_backbone")
+        self.freeze_backbone = parse_bool(freeze_backbone, "freeze_backbone")
         if self.freeze_backbone:
             backbone.requires_grad_(False)
             self.train()
@@ -224,7 +228,7 @@ class Morse(nn.Module):
         x: Tensor,
         return_points: bool = False,
         grid: Optional[List[int]] = None,
-        placement: Optional[Tensor] = None,
+        window_affine: Optional[Tensor] = None,
     ) -> Union[Tensor, MorseOutput]:
         """Logits (B, K, *S); with ``return_points``, what the loss needs to train the renderer: :class:`MorseOutput`.
 
@@ -234,12 +238,12 @@ class Morse(nn.Module):
             grid: spatial size of another grid over the same window, e.g. a finer one, default *S. Logits are returned on it:
                 the coarse ones upsampled linearly and the least certain voxels rendered at their own places (as many as fill
                 the space that ``num_eval`` voxels of *S do). Training points are drawn from its voxels.
-            placement: where the window lies, (B, len(S), len(S) + 1), see :func:`monai_morse.networks.points.place`; the
+            window_affine: where the window lies, (B, len(S), len(S) + 1), see :func:`monai_morse.networks.points.place`; the
                 renderer then encodes the places in that larger volume (:mod:`monai_morse.engines` knows how to find it).
         """
         if not torch.jit.is_scripting():
             if isinstance(x, MetaTensor):  # its bookkeeping belongs to the result, not to every operation on the way
-                out = self.forward(x.as_tensor(), return_points, grid, placement)
+                out = self.forward(x.as_tensor(), return_points, grid, window_affine)
                 return MetaTensor(out).copy_meta_from(x) if isinstance(out, Tensor) and grid is None else out
         maps = self._maps(x)
         if return_points and self.renderer is None:
@@ -255,25 +259,25 @@ class Morse(nn.Module):
             index = P.select_training_points(score, self.num_train, self.oversample, self.importance_ratio, pool)
         else:
             index = self._uncertain_index(coarse, x)
-        rendered = self._render(maps, P.point_coordinates(index, size), P.gather_points(coarse, index), placement)
+        rendered = self._render(maps, P.point_coordinates(index, size), P.gather_points(coarse, index), window_affine)
         if return_points:
             return MorseOutput(maps.coarse, rendered, index)
         return P.write_points(coarse, index, rendered)
 
     @torch.jit.unused
-    def render_at(self, x: Tensor, coordinates: Tensor, placement: Optional[Tensor] = None) -> Tensor:
+    def render_at(self, x: Tensor, coordinates: Tensor, window_affine: Optional[Tensor] = None) -> Tensor:
         """Class logits at any places of the window, between voxels too.
 
         Args:
             x: (B, C, *S).
             coordinates: (B, P, len(S)) in [-1, 1], ordered like the tensor's axes; -1 and 1 are the window's outer faces.
-            placement: as for ``forward``.
+            window_affine: as for ``forward``.
 
         Returns:
             (B, K, P). Without a renderer, the coarse logits interpolated linearly.
         """
         maps = self._maps(x)
-        return self._render(maps, coordinates, P.sample_linear(maps.coarse, coordinates), placement)
+        return self._render(maps, coordinates, P.sample_linear(maps.coarse, coordinates), window_affine)
 
     @torch.jit.unused
     def uncertainty(self, x: Tensor) -> Tensor:
@@ -283,19 +287,19 @@ class Morse(nn.Module):
         return P.uncertainty(logits, self.multilabel).reshape(logits[:, :1].shape)
 
     @torch.jit.unused
-    def coarse(self, x: Tensor, grid: Optional[List[int]] = None, placement: Optional[Tensor] = None) -> Tensor:
+    def coarse(self, x: Tensor, grid: Optional[List[int]] = None, window_affine: Optional[Tensor] = None) -> Tensor:
         """The logits before any is re-rendered, to look at: (B, C, *S) -> (B, K, *S), on another ``grid`` as ``forward``'s.
 
-        ``placement`` changes nothing; it is taken so that inferers can call this in the network's place.
+        ``window_affine`` changes nothing; it is taken so that inferers can call this in the network's place.
         """
         coarse = self._maps(x.as_tensor() if isinstance(x, MetaTensor) else x).coarse
         return coarse if grid is None else resize(coarse, grid)
 
     @torch.jit.unused
-    def rendered_voxels(self, x: Tensor, grid: Optional[List[int]] = None, placement: Optional[Tensor] = None) -> Tensor:
+    def rendered_voxels(self, x: Tensor, grid: Optional[List[int]] = None, window_affine: Optional[Tensor] = None) -> Tensor:
         """Which voxels ``forward(x)`` re-renders, to look at: (B, C, *S) -> (B, 1, *S), 1 where it does, 0 elsewhere.
 
-        ``grid`` and ``placement`` as for :meth:`coarse`.
+        ``grid`` and ``window_affine`` as for :meth:`coarse`.
         """
         coarse = self.coarse(x, grid)
         mask = torch.zeros_like(coarse[:, :1])
@@ -305,10 +309,10 @@ class Morse(nn.Module):
         return P.write_points(mask, index, torch.ones_like(index[:, None], dtype=mask.dtype))
 
     @torch.jit.unused
-    def expert_weights(self, x: Tensor, grid: Optional[List[int]] = None, placement: Optional[Tensor] = None) -> Tensor:
+    def expert_weights(self, x: Tensor, grid: Optional[List[int]] = None, window_affine: Optional[Tensor] = None) -> Tensor:
         """The gate's weights of equation 1, to look at: (B, C, *S) -> (B, N, *S), which sum to 1 at every voxel.
 
-        ``grid`` and ``placement`` as for :meth:`coarse`.
+        ``grid`` and ``window_affine`` as for :meth:`coarse`.
 
         Raises:
             InputError: without experts.
@@ -348,7 +352,7 @@ class Morse(nn.Module):
         """How many voxels of the score's grid fill the space of ``num_eval`` voxels of the image."""
         return -(-self.num_eval * score.shape[1] // x[0, 0].numel())
 
-    def _render(self, maps: _Maps, coordinates: Tensor, logits: Tensor, placement: Optional[Tensor]) -> Tensor:
+    def _render(self, maps: _Maps, coordinates: Tensor, logits: Tensor, window_affine: Optional[Tensor]) -> Tensor:
         """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P)."""
         if self.renderer is None or coordinates.shape[1] == 0:
             return logits
@@ -365,6 +369,6 @@ class Morse(nn.Module):
         context = logits[:, :0, 0]
         if self.reads_context:
             context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
-        if placement is not None:
-            coordinates = P.place(coordinates, placement)
+        if window_affine is not None:
+            coordinates = P.place(coordinates, window_affine)
         return self.renderer(torch.cat(read, dim=1), coordinates, logits, context)

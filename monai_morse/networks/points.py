@@ -165,11 +165,11 @@ def point_coordinates(index: Tensor, size: List[int]) -> Tensor:
     return torch.stack(axes[::-1], dim=-1)
 
 
-def place(coordinates: Tensor, placement: Tensor) -> Tensor:
+def place(coordinates: Tensor, window_affine: Tensor) -> Tensor:
     """Coordinates in the whole volume of points given by coordinates in a window of it.
 
     Args:
-        coordinates: (B, P, len(S)). placement: (B, len(S), len(S) + 1), an affine map for each sample.
+        coordinates: (B, P, len(S)). window_affine: (B, len(S), len(S) + 1), an affine map for each sample.
 
     Returns:
         (B, P, len(S)), float32 at least.
@@ -179,11 +179,11 @@ def place(coordinates: Tensor, placement: Tensor) -> Tensor:
              [ 0.7500]]])
     """
     dtype = torch.promote_types(coordinates.dtype, torch.float32)
-    coordinates, placement = coordinates.to(dtype), placement.to(coordinates.device, dtype)
+    coordinates, window_affine = coordinates.to(dtype), window_affine.to(coordinates.device, dtype)
     # sums of products, not a matrix product, which autocast would run in half precision
-    placed = placement[:, None, :, -1].expand_as(coordinates)
+    placed = window_affine[:, None, :, -1].expand_as(coordinates)
     for axis in range(coordinates.shape[2]):
-        placed = placed + coordinates[:, :, axis, None] * placement[:, None, :, axis]
+        placed = placed + coordinates[:, :, axis, None] * window_affine[:, None, :, axis]
     return placed
 
 

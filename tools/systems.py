@@ -1,4 +1,4 @@
-"""Every system of the grid on every backbone, run just now: ``python -m monai_morse systems``.
+"""Every system of the grid on every backbone, run just now: ``python -m tools.systems``.
 
 A row is a backbone in 2D or 3D, a column a cell of experts x renderer. What a cell shows is found in two ways: the parameters
 it adds, counted at the backbone's usual size with the default preset; and a tick if a tiny twin of it was trained a step and
@@ -7,7 +7,9 @@ gave logits of the right shape, or a cross.
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,8 @@ from monai.networks.nets import (
 from torch import nn
 from tqdm import tqdm
 
-from monai_morse.errors import one_of
+from monai_morse.config import check_choice
+from monai_morse.errors import short_errors
 from monai_morse.losses import MorseLoss
 from monai_morse.networks import Morse, TransUNet, UNet3D
 from monai_morse.networks.morse import EXPERTS, RENDERERS
@@ -169,7 +172,7 @@ def systems(names: Sequence[str] | None = None) -> Iterator[System]:
         InputError: for an unknown backbone.
     """
     for name in names or BACKBONES:
-        one_of("backbone", name, BACKBONES)
+        check_choice("backbone", name, BACKBONES)
     for name in names or BACKBONES:
         backbone = BACKBONES[name]
         for dims in backbone.dims:
@@ -197,3 +200,16 @@ def systems_table(names: Sequence[str] | None = None) -> tuple[str, bool]:
     lines += ["", f"{len(done) - len(failed)} of {len(done)} systems ran. Parameters in millions, with N as in the paper."]
     lines += [f"✗ {s.backbone} {s.spatial_dims}D {s.experts} {s.renderer}: {s.error}" for s in failed]
     return "\n".join(lines), not failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.systems", description=__doc__)
+    parser.add_argument("backbones", nargs="*", help="names of the table's rows; default: all")
+    short_errors()
+    text, all_ran = systems_table(parser.parse_args(arguments).backbones)
+    print(text)
+    return 0 if all_ran else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """How what MORSE adds to a backbone grows with voxels, experts, width, classes and points: time and memory.
 
-    python -m benchmarks.growth --out docs/growth.png
+    python -m tools.growth --out docs/growth.png
 
 The backbone, a small 3D UNet, is not run: random decoder features of its shapes stand in, so that what is measured is MORSE's
 own: the fastest of the repeats, and the most memory above what the features take. Each value has a process of its own.
@@ -25,9 +25,9 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.cost import peak_memory, reset_peak
 from monai_morse import Morse
 from monai_morse.networks import DecoderFeatures
+from tools.cost import peak_memory, reset_peak
 
 AXES: dict[str, list[int]] = {
     "voxels": [32**3, 48**3, 64**3, 96**3],
@@ -112,7 +112,7 @@ def slope(x: list[int], y: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.growth", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="light", choices=["light", "paper"])
     parser.add_argument("--axes", nargs="*", default=list(AXES), choices=list(AXES))
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.overview``: the first table of docs/results.md as a picture, docs/results/overview.png.
+"""``python -m tools.overview``: the first table of docs/results.md as a picture, docs/results/overview.png.
 
 A row of the table is a line of the picture: MORSE's difference to its bare backbone in Dice points with its 95 % confidence
 interval, the lowest and the highest single training in grey, and the difference in average surface distance in %.
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from monai_morse.data import written_whole
+from monai_morse.data import atomic_write
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?")
@@ -64,7 +64,7 @@ def draw(lines: list[Line], path: Path) -> None:
     dice.set_yticks(range(len(lines)), [f"{line.setting}: {line.name}" for line in lines], fontsize=8)
     dice.invert_yaxis()
     dice.set_title("MORSE - bare backbone", fontsize=9, loc="left")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 

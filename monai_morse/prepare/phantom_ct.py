@@ -1,6 +1,6 @@
 """A synthetic abdominal CT in the layout of BTCV: the phantom's patients with a pancreas and a gallbladder, in HU.
 
-Anatomy is that of :class:`monai_morse.data.phantom.Patient`, but the liver lies on the patient's right, +x.
+Anatomy is that of :class:`monai_morse.prepare.phantom.Patient`, but the liver lies on the patient's right, +x.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
+from monai_morse.data.files import atomic_write, check_writable
 from monai_morse.errors import InputError
 
-from .files import check_writable, written_whole
 from .phantom import TISSUES, Patient, _ellipsoid, _tube, rasterised
 from .synapse import TEST, TRAIN
 
@@ -136,6 +136,6 @@ def write_ct_phantom(
     for number in tqdm(case_numbers(patients), desc="CT phantom", unit="patient"):
         image, label, affine = CTPatient(seed * 100_000 + number).scan(spacing)
         for kind, voxels in (("img", image), ("label", label)):
-            with written_whole(folders[kind] / f"{kind}{number:04d}.nii.gz") as partial:
+            with atomic_write(folders[kind] / f"{kind}{number:04d}.nii.gz") as partial:
                 nib.save(nib.Nifti1Image(voxels, affine), partial)
     return out

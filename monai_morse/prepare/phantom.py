@@ -19,10 +19,9 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 from tqdm import tqdm
 
+from monai_morse.data.cases import claim_folder, write_listing
+from monai_morse.data.files import check_writable
 from monai_morse.errors import InputError
-
-from .cases import claim_folder, write_listing
-from .files import check_writable
 
 __all__ = ["CLASSES", "PHASES", "Patient", "write_phantom"]
 

@@ -1,11 +1,11 @@
 """What MORSE costs, as ratios to the bare backbone (or to another row) measured in the same run.
 
-    python -m benchmarks.cost                     # 3D 96^3 and 2D 256^2; for a GPU or a patient machine
-    python -m benchmarks.cost --small             # 3D 48^3 (64^3 where 48 does not fit) and 2D 128^2
-    python -m benchmarks.cost --small --backbones UNETR --rows default pointrend --json cost.json
-    python -m benchmarks.cost --small --backbones UNETR --rows paper --base literal --repeats 10
-    python -m benchmarks.cost --backbones bundles/hippocampus_mri_morse --base "bare stride=2" --rows "default stride=2"
-    python -m benchmarks.cost --backbones bundles/hippocampus_mri_morse --over slices.yaml
+    python -m tools.cost                     # 3D 96^3 and 2D 256^2; for a GPU or a patient machine
+    python -m tools.cost --small             # 3D 48^3 (64^3 where 48 does not fit) and 2D 128^2
+    python -m tools.cost --small --backbones UNETR --rows default pointrend --json cost.json
+    python -m tools.cost --small --backbones UNETR --rows paper --base literal --repeats 10
+    python -m tools.cost --backbones bundles/hippocampus_mri_morse --base "bare stride=2" --rows "default stride=2"
+    python -m tools.cost --backbones bundles/hippocampus_mri_morse --over slices.yaml
 
 A backbone may be a bundle's folder: its network, patch and batch size, a row's options being names of its ``train.yaml`` (or
 of what lies over it).
@@ -44,10 +44,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.literal import LiteralMorse
 from monai_morse import Morse, MorseLoss
-from monai_morse.sweep import parse_options
-from monai_morse.systems import BACKBONES
+from monai_morse.experiments.sweep import parse_options
+from tools.literal import LiteralMorse
+from tools.systems import BACKBONES
 
 ROWS: dict[str, dict[str, Any]] = {
     "bare": {"experts": "none", "renderer": "none"},
@@ -324,7 +324,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cost", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.cost", description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="small windows, for a CPU")
     parser.add_argument("--backbones", nargs="*", default=list(SETTINGS), help=f"of {', '.join(SETTINGS)}, or bundles' folders")
     parser.add_argument(

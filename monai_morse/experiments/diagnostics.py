@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_morse.data import written_whole
+from monai_morse.data import atomic_write
 
 __all__ = ["boundary_errors", "draw_curves", "read_curve", "write_curve"]
 
@@ -37,7 +37,7 @@ def write_curve(folder: Path) -> Path | None:
     by_epoch = defaultdict(list)
     for iteration, loss in losses.items():
         by_epoch[-(-iteration // length)].append(loss)
-    with written_whole(folder / "curve.csv") as partial, open(partial, "w", newline="") as file:
+    with atomic_write(folder / "curve.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["iteration", "train_loss", "val_mean_dice"])
         for epoch, values in sorted(by_epoch.items()):
@@ -88,7 +88,7 @@ def draw_curves(path: Path, parts: Mapping[str, Mapping[str, Sequence[Path]]]) -
         axis.set_ylim(np.percentile([d for found in rows.values() for c in found for _, d in c], 15) - 0.02, None)
         axis.set(title=f"{title}: learning curves", xlabel="iteration", ylabel="validation Dice")
         axis.legend(loc="lower right")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
-from monai_morse.data import written_whole
-from monai_morse.diagnostics import boundary_errors, draw_curves
-from monai_morse.errors import InputError, one_of
-from monai_morse.sweep import read_run
+from monai_morse.config import check_choice
+from monai_morse.data import atomic_write
+from monai_morse.errors import InputError
+from monai_morse.experiments.diagnostics import boundary_errors, draw_curves
+from monai_morse.experiments.sweep import read_run
 
 __all__ = ["Difference", "Row", "Run", "paired_difference", "read_runs", "report", "rows_of"]
 
@@ -186,7 +187,7 @@ def read_runs(folder: Path, metric: str = "paper") -> tuple[list[Run], list[str]
     Raises:
         InputError: where no run is, for another metric, or a ``metrics.csv`` without its columns.
     """
-    one_of("metric", metric, METRICS)
+    check_choice("metric", metric, METRICS)
     runs, others = [], []
     for path in sorted(folder.rglob("run.json")):
         record = read_run(path.parent)
@@ -438,7 +439,7 @@ def _draw(path: Path, parts: dict[str, list[Row]], against: str) -> None:
             axis.set_ylim(-0.5, len(rows) - 0.5)
             axis.set_xlabel(f"{FIGURES[i]} - {against}'s ({better})", fontsize=9)
         axes[0].set_title(title, fontsize=9, loc="left")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 
@@ -472,7 +473,7 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper", against
         tables += [t for name, words in ABLATIONS.items() for t in _ablation(name, f"{title}: {words}", rows)]
         lines += _long_form(bundle, backbone, rows)
     known = dict.fromkeys([*NAMES, *(row.name.removeprefix("+ ") for rows in parts.values() for row in rows)])
-    one_of("against", against.removeprefix("+ "), known)
+    check_choice("against", against.removeprefix("+ "), known)
 
     caption = (
         f"Figures are {DEFINITION[metric]}. Means ± standard deviations over runs (folds and seeds). Δ: mean difference to "
@@ -483,10 +484,10 @@ def report(folder: Path, out: Path | None = None, metric: str = "paper", against
     text = "\n\n".join([*(t.markdown() for t in tables), caption, *(["\n".join(f"- {n}" for n in notes)] if notes else [])])
     latex = "\n\n".join(["% needs \\usepackage{booktabs}", *(t.latex() for t in tables), f"% {caption}"])
     for name, content in (("report.md", text), ("report.tex", latex)):
-        with written_whole(out / name) as partial:
+        with atomic_write(out / name) as partial:
             partial.write_text(content + "\n")
     columns = ["bundle", "backbone", "method", "figure", "runs", "cases", "mean", "deviation"]
-    with written_whole(out / "report.csv") as partial, open(partial, "w", newline="") as file:
+    with atomic_write(out / "report.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, "difference", "low", "high", "p", "lowest_run", "highest_run", "pairs"])
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)

@@ -1,8 +1,8 @@
 """``python -m monai_morse sweep``: every cell of a grid of options as a training and an evaluation of its own, run by Ray.
 
 A cell's folder holds ``run.json`` (what was run and how far it got), ``log.txt``, ``model.pt``, ``model_last.pt``,
-``curve.csv`` and ``metrics.csv``; :mod:`monai_morse.report` makes tables of them. All paths are absolute: on a cluster, the
-nodes share them.
+``curve.csv`` and ``metrics.csv``; :mod:`monai_morse.experiments.report` makes tables of them. All paths are absolute: on a
+cluster, the nodes share them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ import yaml
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
-from monai_morse.data import written_whole
-from monai_morse.diagnostics import write_curve
-from monai_morse.errors import InputError, one_of
+from monai_morse.config import check_choice
+from monai_morse.data import atomic_write
+from monai_morse.errors import InputError
+from monai_morse.experiments.diagnostics import write_curve
 from monai_morse.losses import SCHEDULES
 from monai_morse.networks.morse import EXPERTS, PRESETS, RENDERERS
 
@@ -105,7 +106,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    with written_whole(folder / "run.json") as partial:
+    with atomic_write(folder / "run.json") as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -142,7 +143,7 @@ def plan_sweep(
             for word in value if given is grid and isinstance(value, list) else [value]:
                 words = train_config.get("backbones") if name == "backbone" else WORDS.get(name)
                 if words is not None:
-                    one_of(name, word, words)
+                    check_choice(name, word, words)
     for name, value in grid.items():
         if not isinstance(value, list) or not value:
             raise InputError(f"the grid's {name} must be a list of values like {name}=[{value}], got {value!r}")

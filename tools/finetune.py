@@ -1,6 +1,6 @@
 """Fine-tuning against training from scratch with the same budget: hippocampus, its two parts merged, few scans.
 
-    python -m benchmarks.finetune --data /data/Task04_Hippocampus --out finetune
+    python -m tools.finetune --data /data/Task04_Hippocampus --out finetune
 
 The scans to train on are drawn, for each seed anew, from those that the shipped weights were trained on; the figures are of the
 scans held back from both. All trainings take as many steps; the last epoch's weights are scored, none is chosen.

@@ -1,11 +1,12 @@
-"""MORSE wherever PyTorch takes a network, run just now: ``python -m monai_morse portability``.
+"""MORSE wherever PyTorch takes a network, run just now: ``python -m tools.portability``.
 
-A row is a backbone of :mod:`monai_morse.systems`, tiny, under MORSE; a column a check: a function ``(network, x)`` that raises.
+A row is a backbone of :mod:`tools.systems`, tiny, under MORSE; a column a check: a function ``(network, x)`` that raises.
 A cell is ✓ if the check passed, – if it did not but the bare backbone fails it too, ✗ if it is MORSE that fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import io
 import itertools
@@ -31,10 +32,11 @@ from torch.multiprocessing import ProcessRaisedException
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from monai_morse.errors import one_of
+from monai_morse.config import check_choice
+from monai_morse.errors import short_errors
 from monai_morse.losses import MorseLoss
 from monai_morse.networks import Morse
-from monai_morse.systems import BACKBONES, TINY_OPTIONS
+from tools.systems import BACKBONES, TINY_OPTIONS
 
 __all__ = ["CHECKS", "Check", "Outcome", "portability", "portability_table", "tiny_network"]
 
@@ -285,7 +287,7 @@ def portability(
     """
     for kind, given, known in (("backbone", names, BACKBONES), ("check", checks, CHECKS)):
         for name in given or ():
-            one_of(kind, name, known)
+            check_choice(kind, name, known)
     for name, check in itertools.product(names or BACKBONES, checks or CHECKS):
         own = BACKBONES[name].dims
         for d in [max(own)] if dims is None else [d for d in own if d in dims]:
@@ -312,3 +314,19 @@ def portability_table(
     lines += ["", f"torch {torch.__version__}. –: the bare backbone fails too."]
     lines += [f"{o.mark} {o.backbone} {o.spatial_dims}D {o.check}: {o.reason}" for o in failed]
     return "\n".join(lines), not failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.portability", description=__doc__)
+    parser.add_argument("backbones", nargs="*", help="names of the table's rows; default: all")
+    parser.add_argument("--checks", nargs="*", help="names of the table's columns; default: all")
+    parser.add_argument("--dims", type=int, nargs="*", choices=[2, 3], help="default: 3D, or 2D where there is no 3D")
+    args = parser.parse_args(arguments)
+    short_errors()
+    text, nothing_failed = portability_table(args.backbones, args.checks, args.dims)
+    print(text)
+    return 0 if nothing_failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

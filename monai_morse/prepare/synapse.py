@@ -16,13 +16,11 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from monai_morse.data.cases import claim_folder, find_problem, write_listing
+from monai_morse.data.files import atomic_write
 from monai_morse.errors import InputError
 
-from .cases import claim_folder, find_problem, write_listing
-from .files import written_whole
-from .phantom import phantom_at
-
-__all__ = ["ORGANS", "prepare_synapse", "synapse_phantom"]
+__all__ = ["ORGANS", "prepare_synapse"]
 
 NAME = "Synapse multi-organ CT"
 ORGANS = ("aorta", "gallbladder", "left_kidney", "right_kidney", "liver", "pancreas", "spleen", "stomach")
@@ -210,7 +208,7 @@ def prepare_synapse(source: str | Path, out: str | Path, name: str = NAME) -> st
             continue
         entry = {kind: f"./{kind}sTr/{case}.nii.gz" for kind in ("image", "label")}
         for kind, voxels in (("image", np.round(image.clip(*WINDOW)).astype(np.int16)), ("label", label)):
-            with written_whole(out / entry[kind]) as partly:
+            with atomic_write(out / entry[kind]) as partly:
                 nib.save(nib.Nifti1Image(voxels, affine), partly)
         entries.append({**entry, "patient": case, "split": "train" if number in TRAIN else "test"})
     lines = []
@@ -225,24 +223,3 @@ def prepare_synapse(source: str | Path, out: str | Path, name: str = NAME) -> st
     lines += [f"{other} cases of other numbers are not of the protocol"] if other else []
     lines += [f"skipped {len(skipped)}:", *skipped] if skipped else []
     return "\n".join([f"{out}:", *lines, *([remark] if remark else [])])
-
-
-def synapse_phantom(out: str | Path, patients: int = 5, spacing: tuple[float, float, float] = (3.0, 3.0, 5.0)) -> str:
-    """The folder of a prepared CT phantom, written if it is not there: something to run a bundle on at once.
-
-    Args:
-        out: folder.
-        patients: default 5, of whom two are to test on.
-        spacing: voxel size in mm, default (3, 3, 5).
-
-    Returns:
-        ``out``.
-    """
-    from .phantom_ct import write_ct_phantom  # which names its cases by this module's split
-
-    def make(scratch: Path) -> Path:
-        raw = write_ct_phantom(scratch / "raw", patients, 0, spacing)
-        prepare_synapse(raw, scratch / "prepared", "Synapse CT phantom")
-        return scratch / "prepared"
-
-    return phantom_at(out, make)

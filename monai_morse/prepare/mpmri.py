@@ -20,14 +20,15 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from monai_morse.errors import InputError, one_of
+from monai_morse.config import check_choice
+from monai_morse.data.cases import claim_folder, grid_misfit, load_scan, voxel_fault, write_listing
+from monai_morse.data.dicom import dicom_scans, reoriented
+from monai_morse.data.files import atomic_write, scan_name
+from monai_morse.errors import InputError
 
-from .cases import claim_folder, grid_misfit, load_scan, voxel_fault, write_listing
-from .dicom import dicom_scans, reoriented
-from .files import scan_name, written_whole
-from .phantom import PHASES, phantom_at, write_phantom
+from .phantom import PHASES
 
-__all__ = ["phantom_mpmri", "prepare_mpmri"]
+__all__ = ["prepare_mpmri"]
 
 NAME = "multi-phasic liver MRI, prepared by monai_morse"
 PHASE_WORDS = {
@@ -194,7 +195,7 @@ def _channels(paths: Sequence[str]) -> Any:
 
 
 def _save(image: Any, path: Path) -> None:
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         nib.save(image, partial)
 
 
@@ -257,10 +258,10 @@ def prepare_mpmri(
         InputError: when nothing can be used, or for an unusable folder, pattern or word.
     """
     source, out = Path(source).resolve(), Path(out).resolve()
-    one_of("phases", phases, ("separate", "channels"))
+    check_choice("phases", phases, ("separate", "channels"))
     words = {word: phase for phase, group in PHASE_WORDS.items() for word in group}
     for word, phase in (phase_words or {}).items():
-        one_of("the phase of a word", phase, PHASES)
+        check_choice("the phase of a word", phase, PHASES)
         words[re.sub("[ _-]", "", word.lower())] = phase
     if pattern and "{phase}" not in pattern:
         raise InputError(f"the pattern of scans needs {{phase}}, e.g. '{{patient}}/{{phase}}', got {pattern!r}")
@@ -309,7 +310,7 @@ def prepare_mpmri(
         table.append(f"| {patient} | " + " | ".join(done.values()) + " |")
     known = set(itertools.chain(*layout.scans.values(), *layout.masks.values()))
     skipped += [("", "", f"{file}: neither a scan nor a mask by the patterns") for file in files if file not in known]
-    with written_whole(out / "skipped.csv") as partial, open(partial, "w", newline="") as stream:
+    with atomic_write(out / "skipped.csv") as partial, open(partial, "w", newline="") as stream:
         csv.writer(stream).writerows([("patient", "phase", "reason"), *skipped])
     if not training:
         raise InputError(f"no case can be used: {'; '.join(': '.join(s).strip(': ') for s in skipped[:5])}")
@@ -317,20 +318,3 @@ def prepare_mpmri(
     used = len({e["patient"] for e in training})
     table += ["", f"{len(training)} cases of {used} patients in {out}, {len(skipped)} left out (skipped.csv)"]
     return "\n".join(table + [f"- {' '.join(s[:2]).strip()}: {s[2]}".replace("- : ", "- ") for s in skipped[:30]])
-
-
-def phantom_mpmri(out: str | Path, patients: int = 20) -> str:
-    """The phantom with its liver alone, as a data set to run on until there is another; written if it is not there.
-
-    Args:
-        out: its folder. patients: default 20, as many as the paper has, three scans each.
-
-    Returns:
-        the folder.
-    """
-
-    def make(scratch: Path) -> Path:
-        prepare_mpmri(write_phantom(scratch / "all", patients), scratch / "liver", label_values=[1])
-        return scratch / "liver"
-
-    return phantom_at(out, make)

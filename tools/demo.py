@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import shlex
@@ -19,11 +20,12 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
-from monai_morse.data import ToScanGridd, msd_cases, msd_class_names, scan_name, usable_cases, write_phantom, written_whole
+from monai_morse.data import ToScanGridd, atomic_write, msd_cases, msd_class_names, scan_name, usable_cases
 from monai_morse.data.cases import read_listing
-from monai_morse.errors import InputError
+from monai_morse.errors import InputError, short_errors
 from monai_morse.handlers.evaluation import mean_of
-from monai_morse.pictures import boundary_picture
+from monai_morse.prepare import write_phantom
+from monai_morse.visualize import boundary_picture
 
 __all__ = ["run_demo"]
 
@@ -166,7 +168,24 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
     table = format_table(reports)
     table += "\n\n" + ", ".join(f"{s} trained {epochs} epochs in {m:.1f} minutes" for s, m in minutes.items())
     table += f"; means over {len(held_back)} scans of patients not trained on, which chose the epoch"
-    with written_whole(out / "table.md") as partial:
+    with atomic_write(out / "table.md") as partial:
         partial.write_text(table + "\n")
     picture = _picture(out, configs, options, held_back[0])
     print(f"\n{table}\n\npicture: {picture}\ntable:   {out / 'table.md'}\ntotal:   {(time.time() - started) / 60:.1f} minutes")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for data, runs, table and picture")
+    parser.add_argument("--data", type=Path, help="a data set in the MSD layout; default: the phantom, written first")
+    parser.add_argument("--epochs", type=int, help="epochs of each training; default: sized for ten minutes on two cores")
+    args = parser.parse_args(arguments)
+    short_errors()
+    run_demo(args.out, args.data, args.epochs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

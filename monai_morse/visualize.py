@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from monai_morse.data import written_whole
+from monai_morse.data import atomic_write
 
 __all__ = ["boundary_picture"]
 
@@ -70,6 +70,6 @@ def boundary_picture(
             axis.axis("off")
         axes[0].set_title(f"image and truth, slice {k}", fontsize=10)
     figure.suptitle(title)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
     return Path(path)

@@ -1,7 +1,7 @@
 """Do the experts specialise? The gate's weights on held-back cases, by place.
 
-    python -m benchmarks.gate --data data/Task04_Hippocampus
-    python -m benchmarks.gate --data data/Task04_Hippocampus --weights RUN/model_last.pt --set stride=2 patch_size=[48,64,48]
+    python -m tools.gate --data data/Task04_Hippocampus
+    python -m tools.gate --data data/Task04_Hippocampus --weights RUN/model_last.pt --set stride=2 patch_size=[48,64,48]
 
 Runs a bundle's evaluation (the hippocampus bundle's, of fold 0) with the network's ``expert_weights`` in the network's place.
 Printed for each expert, coarse to fine: the mean over voxels and their standard deviation within a case, both averaged over
@@ -20,7 +20,7 @@ import torch
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
-from monai_morse.sweep import parse_options
+from monai_morse.experiments.sweep import parse_options
 from monai_morse.weights import read_checkpoint
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "hippocampus_mri_morse"
@@ -39,7 +39,7 @@ def spread(weights: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gate", description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="the bundle's dataset_dir, such as the folder of MSD Task04_Hippocampus")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="folder of another bundle")
     parser.add_argument("--weights", help="default: the bundle's models/model.pt")

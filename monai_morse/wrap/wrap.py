@@ -36,7 +36,8 @@ from torch import Tensor, nn
 import monai_morse
 from monai_morse.errors import InputError, find_input_error
 from monai_morse.networks import Morse
-from monai_morse.networks.decoders import decoder_names, fixed_sizes
+from monai_morse.networks.backbones import decoder_names
+from monai_morse.networks.decoders import fixed_sizes
 from monai_morse.weights import load_matching, read_checkpoint
 
 __all__ = ["WrapReport", "wrap_bundle"]

@@ -1,1 +1,0 @@
-"""What MORSE costs next to the bare backbone: ``python -m benchmarks.cost``."""

@@ -1,0 +1,1 @@
+"""Experiments: grids of trainings run, and tables and figures made of them."""

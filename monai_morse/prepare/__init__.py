@@ -1,0 +1,16 @@
+"""Making data sets before training: multi-phasic MRI, Synapse (BTCV), synthetic phantoms."""
+
+from .mpmri import prepare_mpmri
+from .phantom import write_phantom
+from .phantom_ct import write_ct_phantom
+from .stand_ins import phantom_mpmri, synapse_phantom
+from .synapse import prepare_synapse
+
+__all__ = [
+    "phantom_mpmri",
+    "prepare_mpmri",
+    "prepare_synapse",
+    "synapse_phantom",
+    "write_ct_phantom",
+    "write_phantom",
+]
