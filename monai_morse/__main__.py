@@ -53,11 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
 
     report = commands.add_parser("report", help="the paper's tables from the runs of a sweep", formatter_class=formatter)
-    report.add_argument("runs", type=Path, help="folder with runs at any depth")
-    report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS")
+    report.add_argument("runs", type=Path, help="folder with runs at any depth, or a table of them, NAME.csv.gz")
+    report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS, of a table NAME")
     report.add_argument("--metric", default="paper", choices=["paper", "monai"], help="whose definition of the figures")
     against = "what differences are to: Baseline, IAR or another of the paper's systems, or a row by its name in the table"
     report.add_argument("--against", default="Baseline", help=against)
+    report.add_argument(
+        "--save", type=Path, metavar="NAME.csv.gz", help="make one table of the runs, to keep and to read again"
+    )
 
     args = parser.parse_args(arguments)
     try:
@@ -87,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from monai_morse.experiments.report import report as make_report
 
-            print(make_report(args.runs, args.out, args.metric, args.against))
+            print(make_report(args.runs, args.out, args.metric, args.against, args.save))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
