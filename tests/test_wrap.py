@@ -19,7 +19,7 @@ from monai_morse import InputError, Morse
 from monai_morse.__main__ import main
 from monai_morse.weights import BACKBONE
 from monai_morse.wrap import wrap_bundle
-from monai_morse.wrap.wrap import _code_of
+from monai_morse.wrap.weights import code_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def run(name, folder, files, kind, data, out, **words):
     files = [str(folder / "configs" / f) for f in files]
     meta = str(folder / "configs" / "metadata.json")
     words = {"bundle_root": str(folder), "dataset_dir": str(data), "output_dir": str(out), **words}
-    with _code_of(folder):
+    with code_of(folder):
         workflow = ConfigWorkflow(files, meta, logging_file=False, workflow_type=kind, **words)
         workflow.initialize()
         assert workflow.check_properties() == []
