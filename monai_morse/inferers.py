@@ -93,13 +93,14 @@ class FineGridInferer(Inferer):
         def finer(windows: Tensor, *args: Any, **kwargs: Any) -> Any:
             return network(windows, *args, grid=[n * s for n, s in zip(windows.shape[2:], scale)], **kwargs)
 
-        logits = self.inferer(inputs, finer, *args, **kwargs)
-        if isinstance(logits, MetaTensor):
-            step = torch.eye(logits.affine.shape[-1], dtype=logits.affine.dtype)
-            for axis, s in enumerate(scale):
-                step[axis, axis], step[axis, -1] = 1 / s, (1 / s - 1) / 2
-            logits.affine = logits.affine @ step.to(logits.affine.device)
-        return logits
+        found = self.inferer(inputs, finer, *args, **kwargs)
+        for logits in found.values() if isinstance(found, dict) else [found]:
+            if isinstance(logits, MetaTensor):
+                step = torch.eye(logits.affine.shape[-1], dtype=logits.affine.dtype)
+                for axis, s in enumerate(scale):
+                    step[axis, axis], step[axis, -1] = 1 / s, (1 / s - 1) / 2
+                logits.affine = logits.affine @ step.to(logits.affine.device)
+        return found
 
 
 class AutocastInferer(Inferer):
@@ -148,5 +149,7 @@ class _ShallowConv3d(TorchFunctionMode):
 def _float(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.float() if output.is_floating_point() else output
+    if isinstance(output, dict):
+        return {name: _float(value) for name, value in output.items()}
     values = [_float(v) for v in output]
     return output._make(values) if hasattr(output, "_make") else values

@@ -12,6 +12,7 @@ from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
 from monai_morse.config import check_choice
+from monai_morse.errors import InputError
 from monai_morse.networks import MorseOutput
 from monai_morse.networks.points import gather_points
 from monai_morse.networks.resampling import resize
@@ -19,9 +20,16 @@ from monai_morse.networks.resampling import resize
 __all__ = ["SCHEDULES", "MorseLoss", "render_weight"]
 
 SCHEDULES = ("ramp", "half", "scratch")
+LAMBDA_REND = 0.1
 
 
-def render_weight(iteration: int, total: int, schedule: str = "scratch", lambda_rend: float = 0.1) -> float:
+def check_weight(name: str, weight: float) -> None:
+    """See that a rendering loss's weight trains the renderer."""
+    if not weight > 0:
+        raise InputError(f"{name} of the rendering loss must be above 0, got {weight!r}: the renderer would never be trained")
+
+
+def render_weight(iteration: int, total: int, schedule: str = "scratch", lambda_rend: float = LAMBDA_REND) -> float:
     """lambda_t at iteration t of T, the three rows of the paper's table 4.
 
     ``"ramp"`` is equation 4, ``lambda_rend * 1{t > T/2} * (t - T/2) / T``; ``"half"`` is ``lambda_rend`` from T/2 on;
@@ -55,28 +63,33 @@ class MorseLoss(nn.Module):
     """A loss on the coarse logits, plus ``weight`` times the cross-entropy at the points.
 
     Takes what ``Morse(x, return_points=True)`` returns; plain logits are supervised alone, so the same configuration trains
-    the bare backbone. At weight 0 the rendering term is left out, not multiplied by 0: gradients of exactly 0 would still
-    count as steps of Adam and shrink the renderer's weights. (DistributedDataParallel then needs
-    ``find_unused_parameters=True``.)
+    the bare backbone. Where :class:`monai_morse.handlers.RenderSchedule` sets the weight to 0 the rendering term is left out,
+    not multiplied by 0: gradients of exactly 0 would still count as steps of Adam and shrink the renderer's weights.
+    (DistributedDataParallel then needs ``find_unused_parameters=True``.)
 
     Args:
-        weight: lambda_t, default 0; :class:`monai_morse.handlers.RenderSchedule` sets it before each iteration.
+        weight: lambda_rend > 0, default 0.1, from the first iteration; with another schedule of lambda_t
+            :class:`monai_morse.handlers.RenderSchedule` sets it before each iteration.
         loss: the loss on the coarse logits, default ``0.5 * cross-entropy + 0.5 * Dice``, Dice of each class over all of the
             batch's voxels (in several processes: of each one's batch), for that of one slice says nothing about a class the
             slice is without. Another one is called with what it would get from the bare backbone, on the labels' grid.
         multilabel: classes do not exclude one another: a sigmoid each, and labels (B, K, *S); default False.
 
+    Raises:
+        InputError: for a weight that would never train the renderer.
+
     >>> import torch
     >>> coarse, target = torch.rand(2, 3, 8, 8), torch.randint(0, 3, (2, 1, 8, 8))
     >>> output = MorseOutput(coarse, torch.rand(2, 3, 5), torch.randint(0, 64, (2, 5)))
-    >>> bool(MorseLoss(weight=0.1)(output, target) > MorseLoss()(coarse, target))
+    >>> bool(MorseLoss()(output, target) > MorseLoss()(coarse, target))
     True
     """
 
     def __init__(
-        self, weight: float = 0.0, loss: Callable[[Any, Tensor], Tensor] | None = None, multilabel: bool = False
+        self, weight: float = LAMBDA_REND, loss: Callable[[Any, Tensor], Tensor] | None = None, multilabel: bool = False
     ) -> None:
         super().__init__()
+        check_weight("weight", weight)
         self.weight = weight
         self.loss = loss
         self.multilabel = multilabel

@@ -13,8 +13,9 @@ import torch
 from monai.networks.utils import copy_model_state
 from torch import Tensor, nn
 
+from monai_morse.config import parse_bool
 from monai_morse.errors import InputError
-from monai_morse.networks import TransUNet
+from monai_morse.networks import Morse, TransUNet
 
 __all__ = ["LoadedWeights", "load_matching", "load_vit", "read_checkpoint"]
 
@@ -65,15 +66,18 @@ def read_checkpoint(path: str | Path, device: torch.device | None = None) -> Any
         raise InputError(f"{path} cannot be read as a checkpoint of weights only: {str(error).splitlines()[0]}") from error
 
 
-def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any]) -> LoadedWeights:
+def load_matching(
+    network: nn.Module, source: str | Path | Mapping[str, Any], freeze_backbone: bool | str = False
+) -> LoadedWeights:
     """Fill what fits by name and shape: a bare backbone's weights into any cell around it, one cell's into another.
-
-    Of a frozen backbone (``Morse(freeze_backbone=True)``), what the checkpoint lacks is thawed: it has to be trained.
 
     Args:
         network: e.g. a :class:`Morse`.
         source: a state dict or the path of a checkpoint: a state dict, or a dictionary with one as ``"model"`` or
             ``"state_dict"``; names may start with ``module.``, as DistributedDataParallel writes them.
+        freeze_backbone: train the rest alone, the mixture, the renderer and what the checkpoint lacks
+            (:meth:`Morse.freeze_backbone`); default False. With the backbone's own coarse logits the rendering loss is then the
+            only one that trains anything: give it a weight from the start (``schedule: scratch``).
 
     Returns:
         what was matched and what is new, which is logged, too.
@@ -113,9 +117,13 @@ def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any]) ->
         )
     copy_model_state(network, {k: best[k] for k in matched})
     new = [k for k in wanted if k not in matched]
-    for key, parameter in network.named_parameters():
-        if key in new and key.startswith(BACKBONE):
-            parameter.requires_grad_(True)
+    if parse_bool(freeze_backbone, "freeze_backbone"):
+        if not isinstance(network, Morse):
+            raise InputError(f"freeze_backbone needs a Morse, this is a {type(network).__name__}")
+        network.freeze_backbone()
+        for key, parameter in network.named_parameters():
+            if key in new:
+                parameter.requires_grad_(True)
     loaded = LoadedWeights(
         matched=matched,
         new=new,

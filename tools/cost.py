@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from monai_morse import Morse, MorseLoss
 from monai_morse.experiments.sweep import parse_options
+from monai_morse.networks.options import GROUPS as OPTION_GROUPS
 from tools.literal import LiteralMorse
 from tools.systems import BACKBONES
 
@@ -57,7 +58,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "pointrend": {"experts": "none", "renderer": "pointrend"},
 }
 OPTIONS = ("small", "amp", "compiled", "channels_last", "over")
-GROUPS = {"width": "mixture", "gate_stride": "mixture", "num_train": "points", "num_eval": "points"}
+GROUPS = {key: name for name in ("points", "head", "mixture") for key in OPTION_GROUPS[name]}  # a bare width: the mixture's
 SETTINGS = {  # backbone: (spatial dimensions, small window)
     "BasicUNet": (2, 128),
     "TransUNet": (2, 128),

@@ -3,7 +3,7 @@
     python -m tools.gate --data data/Task04_Hippocampus
     python -m tools.gate --data data/Task04_Hippocampus --weights RUN/model_last.pt --set stride=2 patch_size=[48,64,48]
 
-Runs a bundle's evaluation (the hippocampus bundle's, of fold 0) with the network's ``expert_weights`` in the network's place.
+Runs a bundle's evaluation (the hippocampus bundle's, of fold 0) with the network's ``inspect`` in the network's place.
 Printed for each expert, coarse to fine: the mean over voxels and their standard deviation within a case, both averaged over
 the cases. A gate whose weights do not vary over a place mixes the same everywhere there, whatever it reads.
 """
@@ -60,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in tqdm(dataset.data[: args.cases], desc="gate", disable=None):
         seen = dataset.transform(case)
         image = seen["image"][None].to(next(network.parameters()).device)
-        looks = network.expert_weights, network.rendered_voxels
         with torch.no_grad():
-            weights, rendered = (inferer(image, look).as_tensor().cpu()[0] for look in looks)
+            found = inferer(image, network.inspect)
+        weights, rendered = (torch.as_tensor(found[name]).cpu()[0] for name in ("expert_weights", "rendered"))
         for name, mask in places(rendered, seen["label"].as_tensor()).items():
             found.setdefault(name, []).append(spread(weights.flatten(1), mask))
     experts = range(1, len(weights) + 1)

@@ -7,15 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monai_morse import Morse
-from monai_morse.networks import MorseOutput
-from monai_morse.networks import points as P
+from monai_morse.networks import Mixture, MorseOutput
+from monai_morse.networks import points as geometry
+
+
+def literal_mixture(mixture: Mixture, features: list[Tensor], counts: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
+    """The gate's logits (B, N, *S) and x_out (B, width, *S), in the textbook's order.
+
+    Every expert is upsampled to the input's size, all are concatenated for the gate and stacked for the weighted sum; dropped
+    experts are computed and multiplied by zero.
+    """
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    counts = counts.to(features[0].dtype).reshape([*counts.shape, *[1] * len(size)])
+    upsampled = [F.interpolate(mlp(f), size, mode=mode, align_corners=False) for mlp, f in zip(mixture.experts, features)]
+    counted = [expert * count for expert, count in zip(upsampled, counts.split(1, dim=1))]
+    logits = torch.zeros_like(counted[0][:, :1]) if mixture.gate is None else mixture.gate(torch.cat(counted, dim=1))
+    weights = logits.exp()
+    if mixture.renormalize:
+        weights = weights * (counts > 0)
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
+    return logits, mixture.fuse((weights.unsqueeze(2) * torch.stack(counted, dim=1)).sum(1))
 
 
 class LiteralMorse(nn.Module):
-    """A ``Morse`` with ``coarse="experts"`` and ``gate_stride=1``, computed the textbook's way with the same parameters.
-
-    Every expert is upsampled to the input's size, all are concatenated for the gate and stacked for the weighted sum; dropped
-    experts are computed and multiplied by zero; x_out and the coarse logits are whole maps.
+    """A ``Morse`` with ``coarse="experts"`` and ``gate_stride=1``, computed the textbook's way with the same parameters:
+    x_out and the coarse logits are whole maps.
     """
 
     def __init__(self, morse: Morse) -> None:
@@ -25,26 +41,18 @@ class LiteralMorse(nn.Module):
     def forward(self, x: Tensor, return_points: bool = False) -> Tensor | MorseOutput:
         net, size = self.morse, list(x.shape[2:])
         _, features = net.decoder(x)
-        mixture = net.mixture
-        mode = "bilinear" if len(size) == 2 else "trilinear"
-        keep = mixture.dropout(len(x)).to(x.dtype)
-        upsampled = []
-        for i, (mlp, feature) in enumerate(zip(mixture.experts, features)):
-            expert = mlp(feature) * keep[:, i].reshape([-1] + [1] * (1 + len(size)))
-            upsampled.append(F.interpolate(expert, size, mode=mode, align_corners=False))
-        weights = mixture.weights(mixture.gate(torch.cat(upsampled, dim=1)), keep)
-        x_out = mixture.fuse((weights.unsqueeze(2) * torch.stack(upsampled, dim=1)).sum(1))
+        _, x_out = literal_mixture(net.mixture, features, net.mixture.dropout(len(x)), size)
         coarse = net.classifier(x_out)
 
-        score = P.uncertainty(coarse.detach())
+        score = geometry.uncertainty(coarse.detach())
         if return_points:
-            index = P.select_training_points(score, net.num_train, net.oversample, net.importance_ratio)
+            index = geometry.select_oversampled_points(score, net.num_train, net.oversample, net.importance_ratio)
         else:
-            index = P.select_uncertain_points(score, net.num_eval)
+            index = geometry.select_uncertain_points(score, net.num_eval)
         logits = net.renderer(
-            P.gather_points(x_out, index),
-            P.point_coordinates(index, size),
-            P.gather_points(coarse, index),
+            geometry.gather_points(x_out, index),
+            geometry.point_coordinates(index, size),
+            geometry.gather_points(coarse, index),
             x.new_zeros(len(x), 0),
         )
-        return MorseOutput(coarse, logits, index) if return_points else P.write_points(coarse, index, logits)
+        return MorseOutput(coarse, logits, index) if return_points else geometry.write_points(coarse, index, logits)

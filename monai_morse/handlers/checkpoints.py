@@ -71,22 +71,26 @@ class WeightsLoader:
         load_path: a state dict, or a checkpoint that holds one as ``"model"``.
         network: where to load it; may be one in ``DistributedDataParallel``.
         matching: load what matches (:func:`monai_morse.load_matching`), e.g. into another cell; default False.
+        freeze_backbone: with ``matching``, train all but what was loaded of the backbone; default False.
 
     Raises:
         InputError: when the file is missing, unreadable or of another architecture; with ``matching``, when nothing matches.
     """
 
-    def __init__(self, load_path: str, network: nn.Module, matching: bool = False) -> None:
+    def __init__(self, load_path: str, network: nn.Module, matching: bool = False, freeze_backbone: bool | str = False) -> None:
         self.load_path = load_path
         self.network = unwrap(network)
         self.matching = matching
+        self.freeze_backbone = parse_bool(freeze_backbone, "freeze_backbone")
+        if self.freeze_backbone and not matching:
+            raise InputError("freeze_backbone goes with matching=True: it freezes what is loaded by name")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
         if self.matching:
-            load_matching(self.network, self.load_path)
+            load_matching(self.network, self.load_path, self.freeze_backbone)
             return
         state = read_checkpoint(self.load_path, engine.state.device)
         if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):

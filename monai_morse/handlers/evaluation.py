@@ -175,40 +175,38 @@ class CaseReport:
         return value
 
 
-class _LooksInside:
-    """Asks the engine's inferer for maps of a Morse network beside its prediction, and brings them to the scan's grid."""
+class _Inspects:
+    """Asks the engine's inferer once a case for what :meth:`Morse.inspect` tells, and brings it to the scan's grid."""
 
-    asked: tuple[str, ...] = ("coarse",)
+    KEYS = ("coarse", "rendered")
 
     def __init__(self) -> None:
-        self.to_scan = ToScanGridd(["image", *self.asked])
+        self.to_scan = ToScanGridd(["image", *self.KEYS])
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._look_inside)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._inspect)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
-    def _look_inside(self, engine: Engine) -> None:
+    def _inspect(self, engine: Engine) -> None:
         network, output = unwrap(engine.network), engine.state.output  # what the engine decollates with the prediction
         if not isinstance(network, Morse):
             raise InputError(f"{type(self).__name__} needs a Morse network, this is a {type(network).__name__}; leave it out")
+        if "coarse" in output:  # another handler has asked
+            return
         with eval_mode(network):
-            if "coarse" not in output:
-                output["coarse"] = engine.inferer(output["image"], network.coarse).softmax(1)
-            if "points" in self.asked:
-                output["points"] = engine.inferer(output["image"], network.rendered_voxels)
+            seen = engine.inferer(output["image"], network.inspect)
+        output.update(coarse=seen["coarse"].softmax(1), rendered=(seen["rendered"] > 0).float())
 
     def _shown(self, output: Mapping[str, Any]) -> dict[Any, Any]:
-        seen: dict[Any, Any] = {key: output[key] for key in ("image", *self.asked)}
-        if "points" in seen:
-            seen["points"] = (seen["points"] > 0).float()
-        return self.to_scan(seen)
+        return self.to_scan({key: output[key] for key in ("image", *self.KEYS)})
 
 
-class CasePictures(_LooksInside):
+class CasePictures(_Inspects):
     """A PNG a case: slices with the truth, the coarse map, the rendered prediction and the re-rendered voxels.
 
-    It asks the engine's inferer for the coarse map and the voxels as well, so an evaluation takes three times as long: attach
-    it after :class:`CaseReport`, whose seconds are then the prediction's alone. Expects one-hot ``pred`` and ``label`` of 3D
+    It asks the engine's inferer once more, for the coarse map and the voxels, so an evaluation takes twice as long (no longer
+    with :class:`BoundaryErrors` beside it): attach it after :class:`CaseReport`, whose seconds are then the prediction's alone.
+    Expects one-hot ``pred`` and ``label`` of 3D
     scans, on the scan's own grid, in the engine's output. Drawn by :func:`monai_morse.visualize.boundary_picture`.
 
     Args:
@@ -219,8 +217,6 @@ class CasePictures(_LooksInside):
     Raises:
         InputError: when the engine's network is not :class:`monai_morse.Morse`.
     """
-
-    asked = ("coarse", "points")
 
     def __init__(self, folder: str, slices: int = 3, label_key: str = "label") -> None:
         super().__init__()
@@ -237,19 +233,19 @@ class CasePictures(_LooksInside):
                 _array(shown["image"][0]),
                 _array(label.argmax(0)),
                 {name: _array(logits.argmax(0)) for name, logits in maps.items()},
-                _array(shown["points"][0]) > 0.1,  # of a grid twice as fine, one voxel is an eighth
+                _array(shown["rendered"][0]) > 0.1,  # of a grid twice as fine, one voxel is an eighth
                 _case_name(output, label),
                 self.slices,
                 getattr(label, "pixdim", torch.ones(3)).tolist(),
             )
 
 
-class BoundaryErrors(_LooksInside):
+class BoundaryErrors(_Inspects):
     """Writes how many voxels the coarse and the rendered map get wrong, by distance to the true boundary.
 
     One CSV row a case and bin of distances: case, from_mm, to_mm, voxels, coarse_wrong, rendered_wrong. A voxel's distance is
-    that to the nearest voxel of another label, centre to centre: at least one voxel's length. It asks the engine's inferer for
-    the coarse map as well, so an evaluation takes twice as long: attach it after :class:`CaseReport`. Expects one-hot ``pred``
+    that to the nearest voxel of another label, centre to centre: at least one voxel's length. It asks the engine's inferer
+    once more, as :class:`CasePictures` does: attach it after :class:`CaseReport`. Expects one-hot ``pred``
     and ``label`` on the scan's own grid in the engine's output. Each process of a distributed run writes for itself, the first
     alone to ``path``.
 

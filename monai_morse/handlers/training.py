@@ -13,7 +13,7 @@ from monai.transforms import Randomizable
 from monai.utils import set_determinism
 
 from monai_morse.errors import InputError
-from monai_morse.losses import MorseLoss, render_weight
+from monai_morse.losses import LAMBDA_REND, MorseLoss, check_weight, render_weight
 from monai_morse.networks import MorseOutput
 
 __all__ = ["CoarsePrediction", "EpochSeed", "FiniteLoss", "RenderSchedule"]
@@ -21,6 +21,8 @@ __all__ = ["CoarsePrediction", "EpochSeed", "FiniteLoss", "RenderSchedule"]
 
 class RenderSchedule:
     """Sets ``loss.weight`` to lambda_t before each iteration t; T is the trainer's ``max_epochs * epoch_length``.
+
+    Needed for ``"ramp"`` and ``"half"``; without it :class:`MorseLoss` keeps its own weight from the start.
 
     It depends on the trainer's iteration alone, so it survives a resumed training.
 
@@ -38,8 +40,9 @@ class RenderSchedule:
     [0.0, 0.0, 0.025, 0.05]
     """
 
-    def __init__(self, loss: MorseLoss, schedule: str = "scratch", lambda_rend: float = 0.1) -> None:
+    def __init__(self, loss: MorseLoss, schedule: str = "scratch", lambda_rend: float = LAMBDA_REND) -> None:
         render_weight(0, 1, schedule)  # an unknown word is an error now, not at the first iteration
+        check_weight("lambda_rend", lambda_rend)
         self.loss = loss
         self.schedule = schedule
         self.lambda_rend = lambda_rend

@@ -1,7 +1,8 @@
 """SMoE: decoder features become experts, mixed voxel by voxel by a gate and dropped at random in training."""
 
 from collections.abc import Sequence
-from typing import List
+from functools import partial
+from typing import List, Union
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from monai_morse.errors import InputError
 
 from . import streaming
+from .options import per_axis
 from .points import corners, exporting, gather_points, sample_linear, weigh_corners
 from .resampling import resize, shrink
 
@@ -62,23 +64,27 @@ class PointwiseMLP(nn.Module):
         return y.reshape(list(y.shape[:2]) + list(x.shape[2:]))
 
 
+def _chain(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    return second(first(x))
+
+
 class ExpertDropout(nn.Module):
     """Which experts are active, per sample: each is dropped with probability alpha, in training.
 
     Masks with fewer than ``min_active`` survivors are redrawn, i.e. drawn from the conditional distribution; at N = 3 and
-    alpha = 0.7 the literal rule (``min_active=0``) leaves 34 % of the samples without any expert. Survivors are not scaled:
-    the weights W of those that are active sum to 1, however many they are.
+    alpha = 0.7 the paper's rule (``min_active=0``) leaves 34 % of the samples without any expert.
 
     Args:
         num_experts: N, at most 12.
         drop_prob: alpha in [0, 1).
         min_active: survivors at least; default 1.
+        scale: survivors count 1 / (1 - alpha), as standard dropout has it; default False, they count 1.
     """
 
     masks: Tensor  # real types, not strings: torch.jit.script reads them, so this file defers no annotations
     chance: Tensor
 
-    def __init__(self, num_experts: int, drop_prob: float = 0.7, min_active: int = 1) -> None:
+    def __init__(self, num_experts: int, drop_prob: float = 0.7, min_active: int = 1, scale: bool = False) -> None:
         super().__init__()
         if not 0 <= drop_prob < 1:
             raise InputError(f"dropout (alpha) must be in [0, 1), got {drop_prob}")
@@ -88,11 +94,11 @@ class ExpertDropout(nn.Module):
         masks = (torch.div(codes, 2 ** torch.arange(num_experts), rounding_mode="floor") % 2).float()
         active = masks.sum(1)
         chance = (1 - drop_prob) ** active * drop_prob ** (num_experts - active) * (active >= min_active)
-        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("masks", masks / (1 - drop_prob) if scale else masks, persistent=False)
         self.register_buffer("chance", chance, persistent=False)
 
     def forward(self, batch: int) -> Tensor:
-        """The experts of ``batch`` samples, (B, N): 1 where they are active, 0 where dropped; ones in eval mode."""
+        """What the experts of ``batch`` samples count, (B, N): 0 where they are dropped; ones in eval mode."""
         if not self.training:
             return torch.ones(batch, self.masks.shape[1], device=self.masks.device)
         return self.masks[torch.multinomial(self.chance, batch, replacement=True)]
@@ -103,18 +109,20 @@ class Mixture(nn.Module):
 
     ``F_i`` is ``MLP_i(D_i)``, computed at D_i's own resolution and upsampled linearly to the input's. The gate is four
     3x3(x3) convolutions with ReLU between. A single expert needs no gate: its weight is 1. A dropped expert is zero to the
-    gate and left out of the softmax, so that W sums to 1 over the active ones; where all are dropped the sum is zero.
+    gate and to the sum.
 
     Args:
         channels: C_i of the decoder features D_1..D_N.
         spatial_dims: 2 or 3.
         width: hidden and output channels of all MLPs and of the gate's convolutions; default 256, the paper's.
         gate_stride: the gate reads experts of features averaged to 1/gate_stride of the input's size, and its logits are
-            upsampled; default 1, the paper's full resolution.
+            upsampled; a number or one for each axis, default 1, the paper's full resolution.
         gate_norm: normalise what each of the gate's ReLUs gets of a sample (a group norm of one group); default False, as in
             the paper, whose gate may die: constant weights, whatever it reads.
         drop_prob: expert dropout alpha; default 0, a dense mixture.
         min_active: see :class:`ExpertDropout`.
+        renormalize: in training, W is a softmax over the active experts alone, and survivors are not scaled (default); with
+            ``False``, the paper's standard dropout, W is a softmax over all, and survivors are scaled by 1 / (1 - alpha).
 
     >>> mixture = Mixture([8, 4], spatial_dims=2, width=16, gate_stride=2)
     >>> mixture([torch.rand(1, 8, 6, 5), torch.rand(1, 4, 12, 10)], [12, 10]).shape
@@ -126,18 +134,20 @@ class Mixture(nn.Module):
         channels: Sequence[int],
         spatial_dims: int,
         width: int = 256,
-        gate_stride: int = 1,
+        gate_stride: Union[int, Sequence[int]] = 1,
         gate_norm: bool = False,
         drop_prob: float = 0.0,
         min_active: int = 1,
+        renormalize: bool = True,
     ) -> None:
         super().__init__()
-        if not channels or width < 1 or gate_stride < 1:
+        self.gate_stride: List[int] = per_axis("gate_stride", gate_stride, spatial_dims)
+        if not channels or width < 1 or min(self.gate_stride) < 1:
             raise InputError(f"mixture: need channels, width >= 1, gate_stride >= 1, got {channels}, {width}, {gate_stride}")
-        self.gate_stride, self.gate_norm = gate_stride, gate_norm
+        self.gate_norm, self.renormalize = gate_norm, renormalize
         self.out_channels = width
         self.experts = nn.ModuleList([PointwiseMLP(c, [width, width]) for c in channels])
-        self.dropout = ExpertDropout(len(channels), drop_prob, min_active)
+        self.dropout = ExpertDropout(len(channels), drop_prob, min_active, scale=not renormalize)
         self.gate: nn.Module | None = None
         if len(channels) > 1:
             conv = Conv["conv", spatial_dims]
@@ -154,52 +164,64 @@ class Mixture(nn.Module):
 
     def forward(self, features: List[Tensor], size: List[int]) -> Tensor:
         """Decoder features (B, C_i, *S_i), coarse to fine, and the input's ``size`` *S -> x_out (B, width, *S)."""
-        keep = self.dropout(features[0].shape[0])
-        return self.everywhere(features, keep, self.gate_logits(features, keep, size), size)
+        counts = self.dropout(features[0].shape[0])
+        return self.everywhere(features, counts, self.gate_logits(features, counts, size), size)
 
-    def gate_logits(self, features: List[Tensor], keep: Tensor, size: List[int]) -> Tensor:
+    def gate_logits(self, features: List[Tensor], counts: Tensor, size: List[int]) -> Tensor:
         """Logits (B, N, *S / gate_stride) of equation 1: W is their softmax over the experts, after upsampling.
 
         Args:
             features: as for ``forward``; averaged where the gate's grid is coarser than theirs.
-            keep: which experts are active, (B, N).
+            counts: what each expert counts, (B, N).
             size: *S.
         """
-        gate_size = [-(-s // self.gate_stride) for s in size]
+        gate_size = [-(-s // k) for s, k in zip(size, self.gate_stride)]
         if self.gate is None:
-            return torch.zeros([keep.shape[0], 1] + gate_size, dtype=features[0].dtype, device=features[0].device)
+            return torch.zeros([counts.shape[0], 1] + gate_size, dtype=features[0].dtype, device=features[0].device)
         if not torch.jit.is_scripting():
-            if self.gate_stride == 1 and not self.gate_norm and streaming.possible(features, size):
-                return streaming.gate_logits(self, features, keep, size)
+            if gate_size == size and not self.gate_norm and streaming.possible(features, size):
+                return streaming.gate_logits(self.experts, self.gate, features, counts if self.training else None, size)
         seen: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
             expert = mlp(shrink(features[i], gate_size))
-            active = keep[:, i].to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
-            seen.append(resize(expert * active, gate_size))
+            count = counts[:, i].to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
+            seen.append(resize(expert * count, gate_size))
         return self.gate(torch.cat(seen, dim=1))
 
-    def weights(self, logits: Tensor, keep: Tensor) -> Tensor:
-        """W of equation 1 at the gate's ``logits`` (B, N, ..): their softmax over the active experts, 0 for the others."""
+    def weights(self, logits: Tensor, counts: Tensor) -> Tensor:
+        """What F_i is multiplied with at the gate's ``logits`` (B, N, ..): W_i of equation 1, 0 for dropped experts."""
         if not self.training:
             return logits.softmax(dim=1)
-        active = keep.to(logits.dtype).reshape(list(keep.shape) + [1] * (logits.ndim - 2))
-        # far below any logit, within half precision; the product is for a sample without any expert
-        return logits.masked_fill(active == 0, -3e4).softmax(dim=1) * active
+        count = counts.to(logits.dtype).reshape(list(counts.shape) + [1] * (logits.ndim - 2))
+        if self.renormalize:  # far below any logit, within half precision; the product is for a sample without any expert
+            logits = logits.masked_fill(count == 0, -3e4)
+        return logits.softmax(dim=1) * count
 
-    def everywhere(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
-        """x_out (B, width, *S) as a map, given which experts are active (B, N) and ``gate_logits``."""
-        weights = self.weights(resize(gate_logits, size), keep)
+    def everywhere(self, features: List[Tensor], counts: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
+        """x_out (B, width, *S) as a map, given what the experts count (B, N) and ``gate_logits``."""
+        weights = self.weights(resize(gate_logits, size), counts)
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
             mixed = mixed + weights[:, i : i + 1] * resize(mlp(features[i]), size)
         return self.fuse(mixed)
 
-    def at_points(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, coordinates: Tensor) -> Tensor:
+    @torch.jit.unused
+    def classify(self, head: nn.Module, features: List[Tensor], counts: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
+        """``head(x_out)`` (B, K, *S), without a map of x_out where that can be (:mod:`monai_morse.networks.streaming`)."""
+        if not streaming.possible(features, size):
+            return head(self.everywhere(features, counts, gate_logits, size))
+        known = counts if self.training else None
+        chain = partial(_chain, self.fuse, head)
+        return streaming.classify(
+            self.experts, self.out_channels, chain, self.gate, self.weights, features, known, gate_logits, size
+        )
+
+    def at_points(self, features: List[Tensor], counts: Tensor, gate_logits: Tensor, coordinates: Tensor) -> Tensor:
         """x_out at ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S.
 
         An expert is computed at the voxels that interpolation reads, or everywhere where those are more than its map has.
         """
-        weights = self.weights(sample_linear(gate_logits, coordinates), keep)
+        weights = self.weights(sample_linear(gate_logits, coordinates), counts)
         mixed = torch.zeros_like(weights[:, :1])
         for i, mlp in enumerate(self.experts):
             # exported, the answer of one window size would become a condition on all

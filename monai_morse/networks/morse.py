@@ -1,5 +1,6 @@
 """Morse: backbone + mixture + renderer, the only place that knows all three."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Dict, List, NamedTuple, Optional, Union
 
@@ -7,57 +8,42 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from monai_morse.config import check_choice, parse_bool
 from monai_morse.errors import InputError
 
-from . import points as P
-from . import streaming
 from .backbones import decoder_names
-from .decoders import DecoderFeatures, DecoderFunction
+from .decoders import DecoderFeatures
 from .experts import Mixture, PointwiseMLP
+from .options import EXPERTS, PRESETS, RENDERERS, resolve_options
+from .points import (
+    apply_affine,
+    gather_points,
+    point_coordinates,
+    sample_linear,
+    sample_patch,
+    select_oversampled_points,
+    select_rendered_points,
+    select_uncertain_points,
+    standardize_patch,
+    uncertainty,
+    write_points,
+)
 from .renderers import AnatomicalHead, ImplicitPointRendHead, PointRendHead
 from .resampling import resize, shrink
 
-__all__ = ["Morse", "MorseOutput"]
+__all__ = ["EXPERTS", "PRESETS", "RENDERERS", "Morse", "MorseOutput"]
 
-EXPERTS = ("none", "dense", "stochastic")
-RENDERERS = {
-    "none": None,
-    "pointrend": PointRendHead,
-    "implicit_pointrend": ImplicitPointRendHead,
-    "anatomical": AnatomicalHead,
-}
-COARSE = ("experts", "backbone")
-PRESETS: Dict[str, Dict[str, Any]] = {
-    "light": {
-        "coarse": "backbone",
-        "mixture": {"width": 32, "gate_stride": 4, "gate_norm": True},
-        "head": {"width": 64, "num_frequencies": 32},
-        "points": {},
-        "read_features": True,
-        "image_patch": None,  # by the stride
-        "patch_norm": True,
-    },
-    "paper": {
-        "coarse": "experts",
-        "mixture": {"width": 256, "gate_stride": 1, "min_active": 0},
-        "head": {"width": 256, "num_frequencies": 128, "residual": False},
-        "points": {"oversample": 3},
-        "read_features": False,
-        "image_patch": 0,
-        "patch_norm": False,
-    },
-}
+HEADS = {"pointrend": PointRendHead, "implicit_pointrend": ImplicitPointRendHead, "anatomical": AnatomicalHead}
 
 
 class _Maps(NamedTuple):
-    """The image (B, C, *S) and coarse logits (B, K, *S), the decoder features, and of a mixture which experts are active
-    and gate logits, else nothing."""
+    """The image (B, C, *S) and coarse logits (B, K, *S), the decoder features (B, C_i, *S_i), and of a mixture what its
+    experts count (B, N) and the gate's logits; without one, nothing in both."""
 
     image: Tensor
     coarse: Tensor
     features: List[Tensor]
-    mixing: List[Tensor]
+    counts: Tensor
+    gate_logits: Tensor
 
 
 class MorseOutput(NamedTuple):
@@ -70,12 +56,11 @@ class MorseOutput(NamedTuple):
     point_index: Tensor
     """flat indices of the points in the grid they were drawn from, (B, P)"""
 
-
-def _build(name: str, kind: Any, *args: Any, **options: Any) -> Any:
-    try:
-        return kind(*args, **options)
-    except TypeError as error:
-        raise InputError(f"{name}: {error}; see monai_morse.networks.{kind.__name__} for its options") from error
+    def __getattr__(self, name: str) -> Any:  # of another loss or metric, which would take it for a tensor
+        raise AttributeError(
+            f"a MorseOutput has no {name!r}: a network called with return_points=True needs MorseLoss as its loss, around "
+            "another one if need be, MorseLoss(loss=..); its coarse logits are .coarse"
+        )
 
 
 class Morse(nn.Module):
@@ -86,37 +71,35 @@ class Morse(nn.Module):
     least certain voxels re-rendered.
 
     Args:
-        backbone: network (B, C, *S) -> logits (B, K, *S), 2D or 3D.
+        backbone: network (B, C, *S) -> logits (B, K, *S), 2D or 3D: one of MONAI's whose decoder features are known, one made
+            known by :func:`monai_morse.networks.register_backbone`, or a :class:`DecoderFeatures` around any other, which names
+            them.
         experts: ``"none"``, ``"dense"`` (MoE) or ``"stochastic"`` (SMoE: expert dropout in training).
         renderer: ``"none"``, ``"pointrend"``, ``"implicit_pointrend"`` or ``"anatomical"`` (IAR).
-        num_experts: N, the finest decoder features that become experts; default 3.
+        num_experts: N, the finest decoder features that become experts, or are read where there are none; default 3, or all of
+            a :class:`DecoderFeatures`.
         dropout: expert dropout alpha of ``"stochastic"``; default 0.7.
         preset: where options not given come from. ``"light"`` (default) costs next to nothing: narrow experts, the gate at a
-            quarter of the resolution, ``coarse="backbone"``, and what was found to help (docs/results.md). ``"paper"`` is the
-            paper to the letter, many times the cost of most backbones. See ``PRESETS`` for the values.
-        coarse: where the coarse logits come from: ``"experts"``, a linear map of x_out, or ``"backbone"``, its own logits.
-            Without experts they are always the backbone's, without a renderer the experts'.
-        mixture: options of :class:`Mixture`: width, gate_stride, gate_norm, min_active.
-        head: options of the renderer's head, e.g. of :class:`AnatomicalHead`: width, num_frequencies, residual.
+            quarter of the resolution, the backbone's own coarse logits, and what was found to help (docs/results.md).
+            ``"paper"`` is the paper to the letter, many times the cost of most backbones. See ``PRESETS`` for the values.
+        stride: the backbone sees the image averaged over blocks of this many voxels, a number or one for each axis, default 1,
+            the image itself. Its logits are upsampled to the image's grid, on which points are chosen, read and rendered: for
+            scans that are too large, or a machine too small, for their own resolution.
+        mixture: options of the mixture: those of :class:`Mixture` (width, gate_stride, gate_norm, min_active, renormalize), and
+            ``coarse``: the coarse logits are the ``"backbone"``'s own or a linear map of x_out, the ``"experts"``'. Without
+            experts they are always the backbone's, without a renderer the experts'.
+        head: options of the renderer: those of its head, e.g. :class:`AnatomicalHead` (width, num_frequencies, residual), and
+            what it reads at a point: ``read_features``, with experts the decoder features beside x_out (without experts it
+            always does); ``image_patch``, the image's own voxels around it, an odd number along each axis or one for all, 0 for
+            none, default in ``"light"`` 3, or along an axis with a stride 5 in 3D and 7 in 2D; ``patch_norm``, those
+            standardised, beside their mean and deviation (:func:`monai_morse.networks.points.standardize_patch`).
         points: options of :class:`PointSelection`: num_train, num_eval, oversample, importance_ratio, multilabel.
-        decoder: names of the submodules that make the decoder features, coarse to fine; default: found for MONAI's backbones.
-            For a backbone that cannot be traced, a function ``(backbone, x) -> (logits, [features])``, which decides N.
-        stride: the backbone sees the image averaged over blocks of this many voxels along each axis, default 1, the image
-            itself. Its logits are upsampled to the image's grid, on which points are chosen, read and rendered: for scans that
-            are too large, or a machine too small, for their own resolution.
-        read_features: with experts, the renderer reads the decoder features at the point beside x_out; default: ``"light"``
-            does, ``"paper"`` reads x_out alone. Without experts the features are what it reads in any case.
-        image_patch: the renderer also reads the image's own voxels around each point, a cube of this odd side; 0: none. Default
-            in ``"light"`` 3, or with a ``stride`` 5 in 3D and 7 in 2D, in ``"paper"`` 0.
-        patch_norm: the renderer reads that cube standardised, beside its mean and standard deviation, see
-            :func:`monai_morse.networks.points.standardize_patch`; default: ``"light"`` does.
-        freeze_backbone: train the mixture and the renderer alone: the backbone's weights have no gradient and it stays in eval
-            mode, so that its normalisation statistics rest too; default False. With ``coarse="backbone"`` the rendering loss
-            is then the only one that trains anything: give it a weight from the start (``schedule: scratch``).
-            :func:`monai_morse.load_matching` thaws what a checkpoint does not fill.
 
     Raises:
         InputError: for an unknown word or option, more experts than decoder features, or a backbone that cannot be traced.
+
+    Attributes:
+        options: all of these, resolved (:class:`monai_morse.networks.options.MorseOptions`); prints as a line an option.
 
     Source: You et al., Implicit Anatomical Rendering for Medical Image Segmentation with Stochastic Experts, MICCAI 2023.
 
@@ -134,92 +117,65 @@ class Morse(nn.Module):
         backbone: nn.Module,
         experts: str = "stochastic",
         renderer: str = "anatomical",
-        num_experts: int = 3,
+        num_experts: int | None = None,
         dropout: float = 0.7,
         preset: str = "light",
-        coarse: str | None = None,
+        stride: int | Sequence[int] = 1,
         mixture: Mapping[str, Any] | None = None,
         head: Mapping[str, Any] | None = None,
         points: Mapping[str, Any] | None = None,
-        decoder: Sequence[str] | DecoderFunction | None = None,
-        read_features: bool | str | None = None,
-        stride: int = 1,
-        image_patch: int | None = None,
-        patch_norm: bool | str | None = None,
-        freeze_backbone: bool | str = False,
     ) -> None:
         super().__init__()
-        check_choice("experts", experts, EXPERTS)
-        check_choice("renderer", renderer, RENDERERS)
-        check_choice("preset", preset, PRESETS)
-        if coarse is None:
-            coarse = "experts" if renderer == "none" else PRESETS[preset]["coarse"]
-        check_choice("coarse", coarse, COARSE)
-        mixture, head = {**PRESETS[preset]["mixture"], **(mixture or {})}, {**PRESETS[preset]["head"], **(head or {})}
-        points = {**PRESETS[preset]["points"], **(points or {})}
-        read_features = (
-            PRESETS[preset]["read_features"] if read_features is None else parse_bool(read_features, "read_features")
-        )
-        if experts != "none" and renderer == "none" and coarse == "backbone":
-            raise InputError("experts without a renderer need coarse='experts': nothing else would use them")
-        self.points = _build("points", P.PointSelection, **points)
+        spatial_dims = _spatial_dims(backbone)
+        number = _num_features(backbone) if num_experts is None else num_experts
+        options = resolve_options(spatial_dims, experts, renderer, number, dropout, preset, stride, mixture, head, points)
+        self.options = options
+        self.points = options.points
         # as plain numbers, which torch.jit.script can read
         self.num_train, self.num_eval = self.points.num_train, self.points.num_eval
         self.oversample = float(self.points.oversample or 0)
         self.importance_ratio = float(self.points.importance_ratio)
         self.multilabel = self.points.multilabel
+        self.stride: List[int] = options.stride
+        self.image_patch: List[int] = options.head["image_patch"]
+        self.reads_patch = min(self.image_patch) > 0
+        self.patch_norm: bool = options.head["patch_norm"]
+        self.read_features: bool = options.head["read_features"] or experts == "none"
+        self.frozen = False
 
-        names: Sequence[str] | DecoderFunction = ()
-        if experts != "none" or renderer != "none":
-            names = decoder_names(backbone) if decoder is None else decoder
-            if not callable(names):
-                if not 1 <= num_experts <= len(names):
-                    kind = type(backbone).__name__
-                    raise InputError(
-                        f"num_experts must be 1 to {len(names)}, the decoder features of {kind}, got {num_experts}"
-                    )
-                names = names[-num_experts:]
-        self.decoder = DecoderFeatures(backbone, names)
-        if stride < 1:
-            raise InputError(f"stride must be a whole number from 1 on, got {stride}")
+        used = experts != "none" or renderer != "none"
+        self.decoder = _decoder(backbone, options.num_experts if used else 0)
         channels = [f.channels for f in self.decoder.info]
-        num_classes = self.decoder.num_classes
-        spatial_dims = len(self.decoder.info[0].reduction) if channels else 0
-        image_patch = PRESETS[preset]["image_patch"] if image_patch is None else image_patch
-        if image_patch is None:
-            # the coarser the backbone sees the image, the more there is to read, see docs/results.md
-            image_patch = 3 if stride == 1 else 7 if spatial_dims == 2 else 5
-        if image_patch < 0 or (image_patch > 0 and image_patch % 2 == 0):
-            raise InputError(f"image_patch must be 0 or an odd number of voxels, got {image_patch}")
-        self.stride, self.image_patch = stride, image_patch
-        self.patch_norm = PRESETS[preset]["patch_norm"] if patch_norm is None else parse_bool(patch_norm, "patch_norm")
-
+        read = sum(channels) if self.read_features else 0
         self.mixture: Mixture | None = None
         self.classifier: PointwiseMLP | None = None
         self.renderer: nn.Module | None = None
-        self.read_features = read_features or experts == "none"
-        read = sum(channels) if self.read_features else 0
         if experts != "none":
-            drop_prob = dropout if experts == "stochastic" else 0.0
-            self.mixture = _build("mixture", Mixture, channels, spatial_dims, drop_prob=drop_prob, **mixture)
+            drop_prob = options.dropout if experts == "stochastic" else 0.0
+            of_mixture = {k: v for k, v in options.mixture.items() if k != "coarse"}
+            self.mixture = Mixture(channels, spatial_dims, drop_prob=drop_prob, **of_mixture)
             read += self.mixture.out_channels
-            if coarse == "experts":
-                self.classifier = PointwiseMLP(self.mixture.out_channels, [num_classes], last_activation=False)
+            if options.mixture["coarse"] == "experts":
+                self.classifier = PointwiseMLP(self.mixture.out_channels, [self.decoder.num_classes], last_activation=False)
         if renderer != "none":
-            context = sum(f.channels for f in self.decoder.info)
-            patch = image_patch**spatial_dims + 2 * self.patch_norm if image_patch > 0 else 0
-            sizes = read + self.decoder.in_channels * patch, num_classes, spatial_dims, context
-            self.renderer = _build("head", RENDERERS[renderer], *sizes, **head)
+            if self.reads_patch:
+                read += self.decoder.in_channels * (math.prod(self.image_patch) + 2 * self.patch_norm)
+            of_head = {k: options.head[k] for k in ("width", "num_frequencies", "residual")}
+            self.renderer = HEADS[renderer](read, self.decoder.num_classes, spatial_dims, sum(channels), **of_head)
         self.reads_context = self.renderer is not None and bool(self.renderer.reads_context)
-        self.freeze_backbone = parse_bool(freeze_backbone, "freeze_backbone")
-        if self.freeze_backbone:
-            backbone.requires_grad_(False)
-            self.train()
+
+    @torch.jit.unused
+    def freeze_backbone(self) -> "Morse":
+        """Train the mixture and the renderer alone: the backbone gets no gradient and stays in eval mode, so that its
+        normalisation statistics rest too. :func:`monai_morse.load_matching` does so with what it loaded of the backbone."""
+        self.decoder.requires_grad_(False)
+        self.frozen = True
+        return self.train(self.training)
 
     @torch.jit.unused
     def train(self, mode: bool = True) -> "Morse":
         super().train(mode)
-        if self.freeze_backbone:
+        if self.frozen:
             self.decoder.eval()
         return self
 
@@ -238,8 +194,9 @@ class Morse(nn.Module):
             grid: spatial size of another grid over the same window, e.g. a finer one, default *S. Logits are returned on it:
                 the coarse ones upsampled linearly and the least certain voxels rendered at their own places (as many as fill
                 the space that ``num_eval`` voxels of *S do). Training points are drawn from its voxels.
-            window_affine: where the window lies, (B, len(S), len(S) + 1), see :func:`monai_morse.networks.points.place`; the
-                renderer then encodes the places in that larger volume (:mod:`monai_morse.engines` knows how to find it).
+            window_affine: where the window lies in a larger volume, (B, len(S), len(S) + 1), an affine map of coordinates
+                (:func:`monai_morse.networks.points.apply_affine`); the renderer then encodes the places there
+                (:mod:`monai_morse.engines` knows how to find it).
         """
         if not torch.jit.is_scripting():
             if isinstance(x, MetaTensor):  # its bookkeeping belongs to the result, not to every operation on the way
@@ -253,16 +210,11 @@ class Morse(nn.Module):
         coarse = maps.coarse if grid is None else resize(maps.coarse, size)
         if self.renderer is None:
             return coarse
-        if return_points:
-            score = P.uncertainty(coarse.detach(), self.multilabel)
-            pool = self._num_rendered(score, x)
-            index = P.select_training_points(score, self.num_train, self.oversample, self.importance_ratio, pool)
-        else:
-            index = self._uncertain_index(coarse, x)
-        rendered = self._render(maps, P.point_coordinates(index, size), P.gather_points(coarse, index), window_affine)
+        index = self._training_points(coarse, x) if return_points else self._uncertain_points(coarse, x)
+        rendered = self._render(maps, point_coordinates(index, size), gather_points(coarse, index), window_affine)
         if return_points:
             return MorseOutput(maps.coarse, rendered, index)
-        return P.write_points(coarse, index, rendered)
+        return write_points(coarse, index, rendered)
 
     @torch.jit.unused
     def render_at(self, x: Tensor, coordinates: Tensor, window_affine: Optional[Tensor] = None) -> Tensor:
@@ -277,76 +229,71 @@ class Morse(nn.Module):
             (B, K, P). Without a renderer, the coarse logits interpolated linearly.
         """
         maps = self._maps(x)
-        return self._render(maps, coordinates, P.sample_linear(maps.coarse, coordinates), window_affine)
+        return self._render(maps, coordinates, sample_linear(maps.coarse, coordinates), window_affine)
 
     @torch.jit.unused
-    def uncertainty(self, x: Tensor) -> Tensor:
-        """By how much the second largest of a voxel's logits falls short of the largest: (B, C, *S) -> (B, 1, *S), <= 0."""
-        logits = self.forward(x)
-        assert isinstance(logits, Tensor)
-        return P.uncertainty(logits, self.multilabel).reshape(logits[:, :1].shape)
+    def inspect(self, x: Tensor, grid: Optional[List[int]] = None, window_affine: Optional[Tensor] = None) -> Dict[str, Tensor]:
+        """All that is to be seen of one call, as maps that an inferer can put together: arguments as ``forward``'s.
 
-    @torch.jit.unused
-    def coarse(self, x: Tensor, grid: Optional[List[int]] = None, window_affine: Optional[Tensor] = None) -> Tensor:
-        """The logits before any is re-rendered, to look at: (B, C, *S) -> (B, K, *S), on another ``grid`` as ``forward``'s.
+        Returns:
+            ``logits`` (B, K, *S), what ``forward`` returns; ``coarse`` (B, K, *S), before any voxel was re-rendered;
+            ``rendered`` (B, 1, *S), 1 where one was; ``uncertainty`` (B, 1, *S), by how much the second largest of the logits
+            falls short of the largest, <= 0; with experts ``expert_weights`` (B, N, *S), W of equation 1, which sum to 1.
 
-        ``window_affine`` changes nothing; it is taken so that inferers can call this in the network's place.
+        >>> from monai.networks.nets import BasicUNet
+        >>> net = Morse(BasicUNet(spatial_dims=2, out_channels=3, features=(4, 4, 8, 16, 32, 4)), points={"num_eval": 7}).eval()
+        >>> seen = net.inspect(torch.rand(1, 1, 32, 48))
+        >>> {name: tuple(found.shape[1:]) for name, found in seen.items()}  # doctest: +NORMALIZE_WHITESPACE
+        {'logits': (3, 32, 48), 'coarse': (3, 32, 48), 'rendered': (1, 32, 48), 'uncertainty': (1, 32, 48),
+         'expert_weights': (3, 32, 48)}
+        >>> int(seen["rendered"].sum())
+        7
         """
-        coarse = self._maps(x.as_tensor() if isinstance(x, MetaTensor) else x).coarse
-        return coarse if grid is None else resize(coarse, grid)
-
-    @torch.jit.unused
-    def rendered_voxels(self, x: Tensor, grid: Optional[List[int]] = None, window_affine: Optional[Tensor] = None) -> Tensor:
-        """Which voxels ``forward(x)`` re-renders, to look at: (B, C, *S) -> (B, 1, *S), 1 where it does, 0 elsewhere.
-
-        ``grid`` and ``window_affine`` as for :meth:`coarse`.
-        """
-        coarse = self.coarse(x, grid)
-        mask = torch.zeros_like(coarse[:, :1])
-        if self.renderer is None:
-            return mask
-        index = self._uncertain_index(coarse, x)
-        return P.write_points(mask, index, torch.ones_like(index[:, None], dtype=mask.dtype))
-
-    @torch.jit.unused
-    def expert_weights(self, x: Tensor, grid: Optional[List[int]] = None, window_affine: Optional[Tensor] = None) -> Tensor:
-        """The gate's weights of equation 1, to look at: (B, C, *S) -> (B, N, *S), which sum to 1 at every voxel.
-
-        ``grid`` and ``window_affine`` as for :meth:`coarse`.
-
-        Raises:
-            InputError: without experts.
-        """
-        if self.mixture is None:
-            raise InputError("experts='none' has no gate to look at")
-        maps = self._maps(x.as_tensor() if isinstance(x, MetaTensor) else x)
-        return resize(maps.mixing[1], list(x.shape[2:]) if grid is None else grid).softmax(dim=1)
+        x = x.as_tensor() if isinstance(x, MetaTensor) else x
+        maps = self._maps(x)
+        size = list(x.shape[2:]) if grid is None else grid
+        logits = coarse = resize(maps.coarse, size)
+        rendered = torch.zeros_like(coarse[:, :1])
+        if self.renderer is not None:
+            index = self._uncertain_points(coarse, x)
+            at_points = self._render(maps, point_coordinates(index, size), gather_points(coarse, index), window_affine)
+            logits = write_points(coarse, index, at_points)
+            rendered = write_points(rendered, index, torch.ones_like(index[:, None], dtype=rendered.dtype))
+        seen = {"logits": logits, "coarse": coarse, "rendered": rendered}
+        seen["uncertainty"] = uncertainty(logits, self.multilabel).reshape(rendered.shape)
+        if self.mixture is not None:
+            seen["expert_weights"] = resize(maps.gate_logits, size).softmax(dim=1)
+        return seen
 
     def _maps(self, x: Tensor) -> _Maps:
-        size = [-(-s // self.stride) for s in x.shape[2:]]
+        size = [-(-s // k) for s, k in zip(x.shape[2:], self.stride)]
         logits, features = self.decoder(shrink(x, size))
-        mixing: List[Tensor] = []
+        counts = gate_logits = x.new_zeros([0])
         if self.mixture is not None:
-            keep = self.mixture.dropout(x.shape[0])
-            gate_logits = self.mixture.gate_logits(features, keep, size)
-            mixing = [keep, gate_logits]
+            counts = self.mixture.dropout(x.shape[0])
+            gate_logits = self.mixture.gate_logits(features, counts, size)
             if self.classifier is not None:
-                logits = self._classify(features, keep, gate_logits, size)
-        if self.stride > 1 and logits.ndim == x.ndim:  # not a stack of deep supervision, which the loss knows
+                logits = self._classify(features, counts, gate_logits, size)
+        if logits.ndim == x.ndim and max(self.stride) > 1:  # not a stack of deep supervision, which the loss knows
             logits = resize(logits, list(x.shape[2:]))
-        return _Maps(x, logits, features, mixing)
+        return _Maps(x, logits, features, counts, gate_logits)
 
-    def _classify(self, features: List[Tensor], keep: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
+    def _classify(self, features: List[Tensor], counts: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
         """Coarse logits (B, K, *S), a linear map of x_out."""
         assert self.mixture is not None and self.classifier is not None
         if not torch.jit.is_scripting():
-            if streaming.possible(features, size):
-                return streaming.classify(self.mixture, self.classifier, features, keep, gate_logits, size)
-        return self.classifier(self.mixture.everywhere(features, keep, gate_logits, size))
+            return self.mixture.classify(self.classifier, features, counts, gate_logits, size)
+        return self.classifier(self.mixture.everywhere(features, counts, gate_logits, size))
 
-    def _uncertain_index(self, coarse: Tensor, x: Tensor) -> Tensor:
-        score = P.uncertainty(coarse, self.multilabel)
-        return P.select_uncertain_points(score, self._num_rendered(score, x))
+    def _uncertain_points(self, coarse: Tensor, x: Tensor) -> Tensor:
+        score = uncertainty(coarse, self.multilabel)
+        return select_uncertain_points(score, self._num_rendered(score, x))
+
+    def _training_points(self, coarse: Tensor, x: Tensor) -> Tensor:
+        score = uncertainty(coarse.detach(), self.multilabel)
+        if self.oversample > 0:
+            return select_oversampled_points(score, self.num_train, self.oversample, self.importance_ratio)
+        return select_rendered_points(score, self.num_train, self._num_rendered(score, x), self.importance_ratio)
 
     def _num_rendered(self, score: Tensor, x: Tensor) -> int:
         """How many voxels of the score's grid fill the space of ``num_eval`` voxels of the image."""
@@ -358,17 +305,43 @@ class Morse(nn.Module):
             return logits
         read: List[Tensor] = []
         if self.mixture is not None:
-            read.append(self.mixture.at_points(maps.features, maps.mixing[0], maps.mixing[1], coordinates))
+            read.append(self.mixture.at_points(maps.features, maps.counts, maps.gate_logits, coordinates))
         if self.read_features:
-            read += [P.sample_linear(feature, coordinates) for feature in maps.features]
-        if self.image_patch > 0:
-            patch = P.sample_patch(maps.image, coordinates, self.image_patch)
+            read += [sample_linear(feature, coordinates) for feature in maps.features]
+        if self.reads_patch:
+            patch = sample_patch(maps.image, coordinates, self.image_patch)
             if self.patch_norm:
-                patch = P.standardize_patch(patch, maps.image.shape[1])
+                patch = standardize_patch(patch, maps.image.shape[1])
             read.append(patch.to(read[0].dtype))
         context = logits[:, :0, 0]
         if self.reads_context:
             context = torch.cat([feature.flatten(2).mean(2) for feature in maps.features], dim=1)
         if window_affine is not None:
-            coordinates = P.place(coordinates, window_affine)
+            coordinates = apply_affine(coordinates, window_affine)
         return self.renderer(torch.cat(read, dim=1), coordinates, logits, context)
+
+
+def _spatial_dims(backbone: nn.Module) -> int:
+    conv = next((m for m in backbone.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
+    return 3 if conv is None else conv.weight.ndim - 2
+
+
+def _num_features(backbone: nn.Module) -> int:
+    return len(backbone.info) if isinstance(backbone, DecoderFeatures) else 3
+
+
+def _decoder(backbone: nn.Module, number: int) -> DecoderFeatures:
+    """The backbone with its ``number`` finest decoder features beside its logits; with none, as it is."""
+    network = backbone.backbone if isinstance(backbone, DecoderFeatures) else backbone
+    if number == 0:
+        return DecoderFeatures(network, ())
+    names = backbone.names if isinstance(backbone, DecoderFeatures) else decoder_names(backbone)
+    if isinstance(backbone, DecoderFeatures) and callable(names):
+        if number != len(backbone.info):
+            raise InputError(f"num_experts must be {len(backbone.info)}, as many as the function returns, got {number}")
+        return backbone
+    assert not callable(names)
+    if not 1 <= number <= len(names):
+        kind = type(network).__name__
+        raise InputError(f"num_experts must be 1 to {len(names)}, the decoder features of {kind}, got {number}")
+    return DecoderFeatures(network, names[-number:])

@@ -19,11 +19,12 @@ __all__ = [
     "PointSelection",
     "corners",
     "gather_points",
-    "place",
+    "apply_affine",
     "point_coordinates",
     "sample_linear",
     "sample_patch",
-    "select_training_points",
+    "select_oversampled_points",
+    "select_rendered_points",
     "select_uncertain_points",
     "standardize_patch",
     "uncertainty",
@@ -111,35 +112,44 @@ def select_uncertain_points(score: Tensor, num_points: int) -> Tensor:
     return score.topk(min(num_points, score.shape[1]), dim=1, sorted=False).indices
 
 
-def select_training_points(score: Tensor, num_points: int, oversample: float, importance_ratio: float, pool: int = 0) -> Tensor:
-    """Draw the training points of each sample, all different.
+def select_oversampled_points(score: Tensor, num_points: int, oversample: float, importance_ratio: float) -> Tensor:
+    """Draw the training points of each sample, all different, as PointRend does.
 
     ``k_p * N_p`` candidates are drawn uniformly from all voxels; the ``rho * N_p`` most uncertain of them are taken; the
     other ``(1 - rho) * N_p`` are drawn uniformly from all voxels not taken. A window with fewer voxels gives all of them.
 
     Args:
         score: uncertainty (B, V).
-        num_points: N_p. oversample: k_p; 0: the uncertain points are drawn uniformly from the ``pool`` most uncertain voxels.
-        importance_ratio: rho.
-        pool: at least ``rho * N_p`` are taken.
+        num_points: N_p. oversample: k_p. importance_ratio: rho.
 
     Returns:
         flat voxel indices (B, P), P = min(N_p, V); the first ``round(rho * P)`` are the uncertain ones.
     """
-    total = score.shape[1]
-    num_points = min(num_points, total)
+    num_points = min(num_points, score.shape[1])
+    num_candidates = min(int(oversample * num_points), score.shape[1])
+    candidates = torch.rand(score.shape, device=score.device).topk(num_candidates, dim=1, sorted=False).indices
+    most = score.gather(1, candidates).topk(int(round(importance_ratio * num_points)), dim=1, sorted=False).indices
+    return _with_uniform_points(candidates.gather(1, most), score, num_points)
+
+
+def select_rendered_points(score: Tensor, num_points: int, num_rendered: int, importance_ratio: float) -> Tensor:
+    """Draw the training points of each sample, all different, from the voxels that inference renders.
+
+    As :func:`select_oversampled_points`, but the ``rho * N_p`` uncertain points are drawn uniformly from the ``num_rendered``
+    most uncertain voxels (from as many as are drawn, where that is more).
+    """
+    num_points = min(num_points, score.shape[1])
     num_uncertain = int(round(importance_ratio * num_points))
+    candidates = select_uncertain_points(score, max(num_rendered, num_uncertain))
     # the largest of i.i.d. keys are a uniform draw without replacement
-    if oversample > 0:
-        num_candidates = min(int(oversample * num_points), total)
-        candidates = torch.rand(score.shape, device=score.device).topk(num_candidates, dim=1, sorted=False).indices
-        keys = score.gather(1, candidates)
-    else:
-        candidates = select_uncertain_points(score, max(pool, num_uncertain))
-        keys = torch.rand(candidates.shape, device=score.device)
-    uncertain = candidates.gather(1, keys.topk(num_uncertain, dim=1, sorted=False).indices)
+    drawn = torch.rand(candidates.shape, device=score.device).topk(num_uncertain, dim=1, sorted=False).indices
+    return _with_uniform_points(candidates.gather(1, drawn), score, num_points)
+
+
+def _with_uniform_points(uncertain: Tensor, score: Tensor, num_points: int) -> Tensor:
+    """Indices (B, P), all different, and after them as many of the other voxels of (B, V) as make ``num_points``."""
     keys = torch.rand(score.shape, device=score.device).scatter(1, uncertain, -1.0)
-    uniform = keys.topk(num_points - num_uncertain, dim=1, sorted=False).indices
+    uniform = keys.topk(num_points - uncertain.shape[1], dim=1, sorted=False).indices
     return torch.cat([uncertain, uniform], dim=1)
 
 
@@ -165,25 +175,25 @@ def point_coordinates(index: Tensor, size: List[int]) -> Tensor:
     return torch.stack(axes[::-1], dim=-1)
 
 
-def place(coordinates: Tensor, window_affine: Tensor) -> Tensor:
+def apply_affine(coordinates: Tensor, affine: Tensor) -> Tensor:
     """Coordinates in the whole volume of points given by coordinates in a window of it.
 
     Args:
-        coordinates: (B, P, len(S)). window_affine: (B, len(S), len(S) + 1), an affine map for each sample.
+        coordinates: (B, P, len(S)). affine: (B, len(S), len(S) + 1), an affine map for each sample.
 
     Returns:
         (B, P, len(S)), float32 at least.
 
-    >>> place(torch.tensor([[[-1.0], [1.0]]]), torch.tensor([[[0.5, 0.25]]]))  # half as long, a bit past the middle
+    >>> apply_affine(torch.tensor([[[-1.0], [1.0]]]), torch.tensor([[[0.5, 0.25]]]))  # half as long, a bit past the middle
     tensor([[[-0.2500],
              [ 0.7500]]])
     """
     dtype = torch.promote_types(coordinates.dtype, torch.float32)
-    coordinates, window_affine = coordinates.to(dtype), window_affine.to(coordinates.device, dtype)
+    coordinates, affine = coordinates.to(dtype), affine.to(coordinates.device, dtype)
     # sums of products, not a matrix product, which autocast would run in half precision
-    placed = window_affine[:, None, :, -1].expand_as(coordinates)
+    placed = affine[:, None, :, -1].expand_as(coordinates)
     for axis in range(coordinates.shape[2]):
-        placed = placed + coordinates[:, :, axis, None] * window_affine[:, None, :, axis]
+        placed = placed + coordinates[:, :, axis, None] * affine[:, None, :, axis]
     return placed
 
 
@@ -223,32 +233,32 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
     return sampled.flatten(2).to(x.dtype)
 
 
-def sample_patch(x: Tensor, coordinates: Tensor, side: int) -> Tensor:
-    """:func:`sample_linear` at the ``side^len(S)`` places around each point that lie voxels of ``x`` apart.
+def sample_patch(x: Tensor, coordinates: Tensor, sides: List[int]) -> Tensor:
+    """:func:`sample_linear` at the places around each point that lie voxels of ``x`` apart, ``sides`` of them along each axis.
 
     Args:
-        x: (B, C, *S). coordinates: (B, P, len(S)) in [-1, 1]. side: odd.
+        x: (B, C, *S). coordinates: (B, P, len(S)) in [-1, 1]. sides: an odd number for each axis.
 
     Returns:
-        (B, C side^len(S), P), the last axis's neighbours side by side.
+        (B, C n, P), n the product of ``sides``, the last axis's neighbours side by side.
 
-    >>> sample_patch(torch.arange(5.0).reshape(1, 1, 1, 5), torch.tensor([[[0.0, 0.0]]]), 3)[0, :, 0]
-    tensor([1., 2., 3., 1., 2., 3., 1., 2., 3.])
+    >>> sample_patch(torch.arange(5.0).reshape(1, 1, 1, 5), torch.tensor([[[0.0, 0.0]]]), [1, 3])[0, :, 0]
+    tensor([1., 2., 3.])
     """
     coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
-    offsets = torch.arange(-(side // 2), side // 2 + 2, device=x.device)[:, None]
     index = torch.zeros_like(coordinates[:, None, :, 0], dtype=torch.long)
     fractions: List[Tensor] = []
-    for axis in range(coordinates.shape[2]):  # the block of side + 1 voxels that the interpolations share
-        length = x.shape[2 + axis]
+    for axis in range(coordinates.shape[2]):  # the block of a voxel more along each axis, which the interpolations share
+        length, side = x.shape[2 + axis], sides[axis]
+        offsets = torch.arange(-(side // 2), side // 2 + 2, device=x.device)[:, None]
         position = ((coordinates[:, None, :, axis] + 1) * length - 1) / 2
         low = position.floor()
         fractions.append(position - low)
         voxels = (low.long() + offsets).clamp(0, length - 1)
         index = (index.unsqueeze(2) * length + voxels.unsqueeze(1)).flatten(1, 2)
     block = gather_points(x, index.flatten(1)).reshape(x.shape[0], -1, coordinates.shape[1])
-    for fraction in fractions:  # always the first axis, whose result goes to the back
-        block = block.reshape(x.shape[0], x.shape[1], side + 1, -1, coordinates.shape[1])
+    for axis, fraction in enumerate(fractions):  # always the first axis, whose result goes to the back
+        block = block.reshape(x.shape[0], x.shape[1], sides[axis] + 1, -1, coordinates.shape[1])
         block = torch.lerp(block[:, :, :-1], block[:, :, 1:], fraction.unsqueeze(1).unsqueeze(1).to(block.dtype))
         block = block.transpose(2, 3)
     return block.reshape(x.shape[0], -1, coordinates.shape[1])

@@ -10,9 +10,9 @@ Python decides here what to compute, so scripted, exported and compiled networks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .resampling import resize
-
-if TYPE_CHECKING:
-    from .experts import Mixture
 
 __all__ = ["classify", "conv_upsampled", "gate_logits", "possible"]
 
@@ -87,43 +84,49 @@ def conv_upsampled(x: Tensor, weight: Tensor, size: list[int]) -> Tensor:
     return _taps(x, weight, matrices, 2)
 
 
-def _rows(mixture: Mixture, keep: Tensor) -> list[tuple[slice, list[int]]]:
-    """Samples that keep the same experts, and which ones."""
-    rows = keep.tolist() if mixture.training else [[1.0] * keep.shape[1]] * len(keep)  # a list waits for the device
+def _rows(count: int, counts: Tensor | None, num_experts: int) -> list[tuple[slice, list[float]]]:
+    """Samples whose experts count the same, and what: all of them 1 where nothing is said."""
+    rows = [[1.0] * num_experts] * count if counts is None else counts.tolist()  # a list waits for the device
     if all(r == rows[0] for r in rows):
-        groups = [(slice(0, len(rows)), rows[0])]
-    else:
-        groups = [(slice(b, b + 1), r) for b, r in enumerate(rows)]
-    return [(s, [i for i, k in enumerate(r) if k]) for s, r in groups]
+        return [(slice(0, len(rows)), rows[0])]
+    return [(slice(b, b + 1), r) for b, r in enumerate(rows)]
 
 
-def gate_logits(mixture: Mixture, features: list[Tensor], keep: Tensor, size: list[int]) -> Tensor:
-    """Decoder features (B, C_i, *S_i) and which of their experts are active (B, N) -> the gate's logits (B, N, *S)."""
-    gate = mixture.gate
+def gate_logits(
+    experts: Iterable[nn.Module], gate: nn.Module, features: list[Tensor], counts: Tensor | None, size: list[int]
+) -> Tensor:
+    """The gate's logits (B, N, *S).
+
+    Args:
+        experts: N MLPs. gate: a sequence that starts with a convolution of the concatenated experts.
+        features: (B, C_i, *S_i). counts: what each expert counts, (B, N), or ``None`` where nothing is trained.
+        size: *S.
+    """
     assert isinstance(gate, nn.Sequential)
     first: Any = gate[0]
+    weights = first.weight.chunk(len(features), dim=1)
     parts = []
-    for rows, kept in _rows(mixture, keep):
-        if not kept:
+    for rows, row in _rows(len(features[0]), counts, len(features)):
+        if not any(row):
             parts.append(features[0].new_zeros(1, len(features), *(1 for _ in size)).expand(rows.stop - rows.start, -1, *size))
             continue
         total: Tensor | None = None
-        weights = first.weight.chunk(len(features), dim=1)
-        for i in kept:
-            expert = checkpoint(mixture.experts[i], features[i][rows], use_reentrant=False, preserve_rng_state=False)
-            part = conv_upsampled(expert, weights[i], size)
-            total = part if total is None else total.add_(part)
+        for mlp, feature, weight, value in zip(experts, features, weights, row):
+            if value:
+                expert = checkpoint(mlp, feature[rows], use_reentrant=False, preserve_rng_state=False)
+                part = conv_upsampled(expert, weight if value == 1 else weight * value, size)
+                total = part if total is None else total.add_(part)
         assert total is not None
         parts.append(gate[1:](total.add_(first.bias.reshape(-1, *(1 for _ in size)))))
     logits = torch.cat(parts)
-    return logits + _nothing(mixture, features) if mixture.training else logits
+    return logits if counts is None else logits + _nothing(experts, gate, features)
 
 
-def _nothing(mixture: Mixture, features: list[Tensor]) -> Tensor:
+def _nothing(experts: Iterable[nn.Module], gate: nn.Module | None, features: list[Tensor]) -> Tensor:
     """Zero, that depends on all that dropped experts would depend on: their gradients are zero, not missing."""
     voxel = [f.flatten(2)[:1, :, :1].reshape([1, -1] + [1] * (f.ndim - 2)) for f in features]
-    experts = torch.cat([mlp(v) for mlp, v in zip(mixture.experts, voxel)], dim=1)
-    return 0 * mixture.gate(experts).sum() if mixture.gate is not None else 0 * experts.sum()
+    values = torch.cat([mlp(v) for mlp, v in zip(experts, voxel)], dim=1)
+    return 0 * gate(values).sum() if gate is not None else 0 * values.sum()
 
 
 def _slab(
@@ -146,27 +149,40 @@ def _slab(
 
 
 def classify(
-    mixture: Mixture, classifier: nn.Module, features: list[Tensor], keep: Tensor, gate: Tensor, size: list[int]
+    experts: nn.ModuleList,
+    width: int,
+    head: Callable[[Tensor], Tensor],
+    gate: nn.Module | None,
+    weights_of: Callable[[Tensor, Tensor], Tensor],
+    features: list[Tensor],
+    counts: Tensor | None,
+    logits: Tensor,
+    size: list[int],
 ) -> Tensor:
-    """The coarse logits (B, K, *S): ``classifier`` of x_out, slab by slab along the first axis."""
+    """``head`` of the weighted sum of experts (B, K, *S), slab by slab along the first axis.
+
+    Args:
+        width: channels of an expert. head: (B, width, *S) -> (B, K, *S), pointwise.
+        weights_of: of the gate's logits (B, N, *S) and what experts count (B, N), the weights of the sum.
+        logits: the gate's, on any grid. The others: as for :func:`gate_logits`.
+    """
     out = []
-    for rows, kept in _rows(mixture, keep):
-        count = rows.stop - rows.start
+    for rows, row in _rows(len(logits), counts, len(features)):
+        samples, kept = rows.stop - rows.start, [i for i, value in enumerate(row) if value]
         if not kept:
-            nowhere = features[0].new_zeros(1, mixture.out_channels, *(1 for _ in size))
-            out.append(classifier(mixture.fuse(nowhere)).expand(count, -1, *size))
+            nowhere = features[0].new_zeros(1, width, *(1 for _ in size))
+            out.append(head(nowhere).expand(samples, -1, *size))
             continue
-        weights = resize(gate[rows][:, kept], size).softmax(dim=1)
+        weights = weights_of(resize(logits[rows], size), logits.new_tensor([row] * samples))[:, kept]
         whole = [list(features[i].shape[2:]) == size for i in kept]
-        sources = [features[i][rows] if w else mixture.experts[i](features[i][rows]) for i, w in zip(kept, whole)]
-        mlps = [mixture.experts[i] if w else None for i, w in zip(kept, whole)]
-        values = count * mixture.out_channels * torch.Size(size).numel()
-        step = max(1, SLAB * size[0] // values)
+        sources = [features[i][rows] if w else experts[i](features[i][rows]) for i, w in zip(kept, whole)]
+        mlps = [experts[i] if w else None for i, w in zip(kept, whole)]
+        step = max(1, SLAB * size[0] // (samples * width * torch.Size(size).numel()))
         slabs = []
         for start in range(0, size[0], step):
             piece = weights[:, :, start : start + step]
-            chain = partial(_slab, mlps, size[0], start, lambda x: classifier(mixture.fuse(x)))
+            chain = partial(_slab, mlps, size[0], start, head)
             slabs.append(checkpoint(chain, piece, *sources, use_reentrant=False, preserve_rng_state=False))
         out.append(torch.cat(slabs, dim=2))
     logits = torch.cat(out)
-    return logits + _nothing(mixture, features) if mixture.training else logits
+    return logits if counts is None else logits + _nothing(experts, gate, features)
