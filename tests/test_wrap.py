@@ -76,7 +76,7 @@ def test_trains_whole_or_the_morse_part_alone_and_is_evaluated(wrapped, data, tm
     before = torch.load(morse / "models/model.pt", weights_only=True)
     for frozen in (False, True):
         out = tmp_path / str(frozen)
-        words = {"ckpt_dir": str(out), "network_def#freeze_backbone": frozen}
+        words = {"ckpt_dir": str(out), "freeze_backbone": frozen}
         trainer = run(name, morse, ["train"], "train", data, out, **words).parser
         engine = trainer.get_parsed_content("train#trainer")
         assert engine.state.metrics and 0 <= next(iter(engine.state.metrics.values())) <= 1  # the original's training metric
@@ -120,7 +120,7 @@ def test_each_bundles_own_matters(wrapped):
         assert "inference_trt.json: left out" in text and "models/model.ts: left out" in text
         multi_gpu = configs["multi_gpu_train.json"]
         assert multi_gpu["network"]["find_unused_parameters"] is True
-        assert "train#handlers#6#_disabled_" in multi_gpu  # three come before what was #3
+        assert "train#handlers#5#_disabled_" in multi_gpu  # two come before what was #3
     if name == "swin_unetr":
         assert "took out img_size" in text
     if name == "whole_body":
@@ -271,13 +271,14 @@ def test_other_networks_and_trainers_are_wrapped_as_far_as_they_go(tmp_path):
     ):
         assert line in report, report
     written = json.loads((tmp_path / "out/configs/train.json").read_text())
-    assert written["network_def"]["decoder"] == names
+    outer, inner = written["network_def"], written["network_def"]["backbone"]
+    assert outer["_target_"].endswith(".Morse") and inner["_target_"].endswith(".DecoderFeatures") and inner["names"] == names
     assert written["train"]["trainer"]["train_handlers"] == "$@morse_handlers + list(@train#handlers[:2])"
     kinds = [h["_target_"].split(".")[-1] for h in written["morse_handlers"]]
-    assert kinds == ["RenderSchedule", "CoarsePrediction"]  # nothing to load
+    assert kinds == ["CoarsePrediction"] and "freeze_backbone" not in written  # nothing to load
     parser = ConfigParser(written)
     assert isinstance(parser.get_parsed_content("network_def"), Morse)
-    assert len(parser.get_parsed_content("morse_handlers")) == 2
+    assert len(parser.get_parsed_content("morse_handlers")) == 1
 
 
 def test_out_must_be_elsewhere_and_an_empty_folder_will_do(tmp_path):

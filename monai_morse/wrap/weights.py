@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from monai_morse.errors import InputError, find_input_error
-from monai_morse.networks import Morse
+from monai_morse.networks import DecoderFeatures, Morse
 from monai_morse.networks.backbones import decoder_names
 from monai_morse.networks.decoders import fixed_sizes
 from monai_morse.weights import load_matching, read_checkpoint
@@ -94,12 +94,13 @@ def _build(configs: Configs, names: list[str]) -> Twins:
     original = parsed(f"{NETWORK}::backbone")
     if isinstance(original, Morse):
         raise InputError("it is a Morse already")
+    if isinstance(original, DecoderFeatures):  # named by the caller, all are taken
+        return Twins(original.backbone, parsed(NETWORK))
+    features = len(decoder_names(original))
     (definition,) = (c[k] for name, c, k in configs.find(NETWORK) if name == names[-1])
-    if isinstance(definition, dict):  # else another file's
-        features = len(definition.get("decoder") or decoder_names(original))
-        if features < 3:  # N of a Morse that is not told another
-            definition["num_experts"] = features
-            configs.write()
+    if features < 3 and isinstance(definition, dict):  # N of a Morse that is not told another; else another file's
+        definition["num_experts"] = features
+        configs.write()
     return Twins(original, parsed(NETWORK))
 
 

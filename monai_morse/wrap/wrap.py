@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def _wrap(folder: Path, decoder: list[str] | None) -> WrapReport:
     report = WrapReport()
     configs = Configs(folder, report)
     _wrap_network(configs, decoder, report)
-    _wrap_training(configs, report)
+    freezing = _wrap_training(configs, report)
     configs.write()
     with code_of(folder), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same bundle gives the same weights
@@ -91,7 +91,7 @@ def _wrap(folder: Path, decoder: list[str] | None) -> WrapReport:
         if configs.files[name] != configs.unchanged[name]:
             report.left.append(f"configs/{name}: its comments are not kept")
     _write_metadata(folder, report)
-    _write_readme(folder)
+    _write_readme(folder, freezing)
     for path in sorted(folder.glob("large_files.y*ml")):
         path.unlink()
         report.left.append(f"{path.name}: left out, it would download the original's weights over the new ones")
@@ -136,16 +136,10 @@ def _wrap_network(configs: Configs, decoder: list[str] | None, report: WrapRepor
         for argument in _gone(container[key]):
             del container[key][argument]
             report.done.append(f"configs/{name}: took out {argument}, which this MONAI's network no longer takes")
-    options: dict[str, Any] = {"decoder": decoder} if decoder else {}
-    if configs.multilabel:
-        options["points"] = {"multilabel": True}
-
-    def morse(backbone: Any) -> Any:
-        if isinstance(backbone, str) and re.fullmatch(rf"%.*{FILE}{NETWORK}", backbone):
-            return backbone  # another file's, which is one already
-        return {"_target_": "monai_morse.networks.Morse", "backbone": backbone, "freeze_backbone": False, **options}
-
-    configs.nest(NETWORK, "backbone", morse)
+    if decoder:
+        configs.nest(NETWORK, "backbone", _around("monai_morse.networks.DecoderFeatures", names=decoder))
+    points = {"points": {"multilabel": True}} if configs.multilabel else {}
+    configs.nest(NETWORK, "backbone", _around("monai_morse.networks.Morse", **points))
     for name, i, container, key in configs.entries():
         for attribute in re.findall(rf"@(?:{NETWORK}|network)\.(\w+)", str(container[key])):
             if isinstance(container[key], str) and not hasattr(nn.Module(), attribute):
@@ -155,6 +149,17 @@ def _wrap_network(configs: Configs, decoder: list[str] | None, report: WrapRepor
             parallel["find_unused_parameters"] = True
 
 
+def _around(target: str, **options: Any) -> Callable[[Any], Any]:
+    """Makes the definition of a network the backbone of another."""
+
+    def outer(backbone: Any) -> Any:
+        if isinstance(backbone, str) and re.fullmatch(rf"%.*{FILE}{NETWORK}", backbone):
+            return backbone  # another file's, which is one already
+        return {"_target_": target, "backbone": backbone, **options}
+
+    return outer
+
+
 def _gone(definition: Any) -> list[str]:
     """Arguments of a definition that were taken away from MONAI's network of that name."""
     kind = str(definition.get("_target_", "")).split(".")[-1] if isinstance(definition, dict) else ""
@@ -162,14 +167,17 @@ def _gone(definition: Any) -> list[str]:
     return [a for a in arguments if a not in inspect.signature(getattr(monai.networks.nets, kind)).parameters]
 
 
-def _wrap_training(configs: Configs, report: WrapReport) -> None:
+def _wrap_training(configs: Configs, report: WrapReport) -> str:
+    """Have the trainers train the renderer; returns the word at the left margin that freezes the backbone, "" for none."""
     trainers = configs.objects(r"SupervisedTrainer\w*")
     for name, i, trainer in configs.objects(r"\w*Trainer\w*"):
         if not any(trainer is t for _, _, t in trainers):
             report.left.append(f"configs/{name}: {i}, a {trainer['_target_']}, stays as it is and does not train the renderer")
     if not trainers:
         report.left.append("training: no config has a SupervisedTrainer")
-    start = (configs.folder / "models" / "model.pt").is_file()
+    freezing = "morse_freeze_backbone" if configs.find("freeze_backbone") else "freeze_backbone"
+    if not trainers or not (configs.folder / "models" / "model.pt").is_file():
+        freezing = ""  # there are no weights to start from
     multilabel = {"multilabel": True} if configs.multilabel else {}
     prepare = {"_target_": "monai_morse.engines.prepare_batch_with_points", "_mode_": "callable"}
     losses = set()
@@ -190,14 +198,14 @@ def _wrap_training(configs: Configs, report: WrapReport) -> None:
             trainer.setdefault("prepare_batch", dict(prepare))
         network = trainer.get("network", "@network")
         path = "$@bundle_root + '/models/model.pt'" if configs.find("bundle_root") else "models/model.pt"
-        loader = {"_target_": "monai_morse.handlers.WeightsLoader", "load_path": path, "network": network, "matching": True}
-        loss = f"@{loss_id.replace('::', '#')}"
-        handlers = [
-            *([loader] if start else []),
-            {"_target_": "monai_morse.handlers.RenderSchedule", "loss": loss, "schedule": "scratch"},
-            {"_target_": "monai_morse.handlers.CoarsePrediction"},
-        ]
+        handlers: list[dict] = [{"_target_": "monai_morse.handlers.CoarsePrediction"}]
+        if freezing:
+            loader = {"_target_": "monai_morse.handlers.WeightsLoader", "load_path": path, "network": network}
+            handlers.insert(0, {**loader, "matching": True, "freeze_backbone": f"@{freezing}"})
+            for name in same:
+                configs.files[name][freezing] = False
         _insert_handlers(configs, f"{i}::train_handlers", list(same), handlers)
+    return freezing
 
 
 def _insert_handlers(configs: Configs, entry_id: str, names: list[str], items: list[dict]) -> None:
@@ -241,13 +249,16 @@ def _write_metadata(folder: Path, report: WrapReport) -> None:
 _README = """
 ## MORSE
 
-`python -m monai_morse wrap` made this bundle of another: its network is the backbone of a MORSE now, with the same weights
-and, until it is trained, the same predictions. It needs `pip install monai_morse`. Training starts from `models/model.pt`; all
-of it is trained, or the MORSE part alone with `--network_def#freeze_backbone true`.
+`monai-morse wrap` made this bundle of another. Its network is the backbone of a MORSE now, with the same weights. Until it is
+trained it predicts what it did. It needs `pip install monai_morse`.
+"""
+_README_TRAINING = """
+Training starts from `models/model.pt`. All of the network is trained; with `--{word} true`, the mixture and the renderer alone.
 """
 
 
-def _write_readme(folder: Path) -> None:
+def _write_readme(folder: Path, freezing: str) -> None:
     path = folder / "docs" / "README.md"
     path.parent.mkdir(exist_ok=True)
-    path.write_text((path.read_text().rstrip() + "\n" if path.is_file() else "") + _README)
+    before = path.read_text().rstrip() + "\n" if path.is_file() else ""
+    path.write_text(before + _README + (_README_TRAINING.format(word=freezing) if freezing else ""))
