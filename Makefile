@@ -9,6 +9,7 @@ VENV = .venv$(if $(OLDEST),-oldest)
 BIN = $(VENV)/bin
 TORCH = $(shell sed -n 's/^torch==//p' $(REQUIREMENTS))
 EMPTY = build/empty
+RUNS = $(firstword $(wildcard results/hippocampus_1mm.csv.gz docs/results/hippocampus_1mm))
 
 .PHONY: demo test lint docs dist clean
 

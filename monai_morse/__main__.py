@@ -17,7 +17,8 @@ from monai_morse.errors import InputError
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="monai-morse", description=__doc__)
-    versions = f"monai_morse {__version__}, MONAI {monai.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"monai_morse {__version__}, MONAI {monai.__version__}, torch {torch.__version__}"
+    versions += f", Python {platform.python_version()}"
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
