@@ -23,7 +23,8 @@ from monai_morse import InputError, Morse, MorseLoss
 from monai_morse.data import ToScanGridd
 from monai_morse.engines import prepare_batch_with_points, window_to_scan
 from monai_morse.inferers import AutocastInferer, CoordinatesInferer, FineGridInferer
-from monai_morse.networks import points as P
+from monai_morse.networks import DecoderFeatures
+from monai_morse.networks import points as geometry
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def difference_to_own(windows, window_affine):
     size = list(windows.shape[2:])
     index = torch.arange(int(np.prod(size))).repeat(len(windows), 1)
     said = torch.as_tensor(windows.as_tensor() if isinstance(windows, MetaTensor) else windows).flatten(2).transpose(1, 2)
-    error = (P.place(P.point_coordinates(index, size), window_affine) - said).abs()
+    error = (geometry.apply_affine(geometry.point_coordinates(index, size), window_affine) - said).abs()
     error = error[said.abs().sum(-1) > 0]  # padding says nothing
     return error.max().item(), error.median().item()
 
@@ -163,9 +164,9 @@ def test_rendering_on_a_finer_grid_beats_upsampling_the_coarse_logits():
         return torch.nn.functional.avg_pool3d(labels, 3), labels
 
     backbone = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv3d(8, 2, 1))
-    options = {"mixture": {"width": 8, "gate_stride": 2}, "head": {"width": 32, "num_frequencies": 8}}
+    options = {"mixture": {"width": 8, "gate_stride": 2, "coarse": "backbone"}, "head": {"width": 32, "num_frequencies": 8}}
     points = {"num_train": 1024, "num_eval": 1728}
-    net = Morse(backbone, "dense", "anatomical", 1, coarse="backbone", decoder=["1"], points=points, **options)
+    net = Morse(DecoderFeatures(backbone, ["1"]), "dense", "anatomical", points=points, **options)
     optimizer, loss = torch.optim.Adam(net.parameters(), 0.01), MorseLoss(1.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, 200)  # without, the last step's noise decides
     for _ in range(200):

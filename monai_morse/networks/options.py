@@ -183,6 +183,8 @@ def resolve_options(
         if (mixture or {}).get("coarse") == "backbone":
             raise InputError("experts without a renderer need coarse='experts': nothing else would use them")
         groups["mixture"]["coarse"] = "experts"
+    if preset == "paper" and renderer == "implicit_pointrend" and (points or {}).get("importance_ratio") is None:
+        groups["points"]["importance_ratio"] = 0.0  # its source draws all training points uniformly
     if groups["head"]["image_patch"] is None:
         # the coarser the backbone sees the image, the more there is to read, see docs/results.md
         groups["head"]["image_patch"] = [3 if s == 1 else 7 if spatial_dims == 2 else 5 for s in strides]
