@@ -341,7 +341,7 @@ def test_metadata_has_its_version_in_the_changelog_names_the_classes_and_holds()
 
 
 def test_two_processes_train_one_network(data, tmp_path):
-    """Its evaluation in several processes is the hippocampus bundle's (test_bundles.py), and tested there."""
+    """Its evaluation in several processes is the hippocampus bundle's (test_drift.py), and tested there."""
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / f"{f}.yaml") for f in ("train", "multi_gpu_train")])
     words = {**TINY, "bundle_root": str(BUNDLE), "dataset_dir": data, "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
