@@ -127,14 +127,13 @@ class FineGridInferer(Inferer):
         def finer(windows: Tensor, *args: Any, **kwargs: Any) -> Any:
             return network(windows, *args, grid=[n * s for n, s in zip(windows.shape[2:], scale)], **kwargs)
 
-        found = self.inferer(inputs, finer, *args, **kwargs)
-        for logits in found.values() if isinstance(found, dict) else [found]:
-            if isinstance(logits, MetaTensor):
-                step = torch.eye(logits.affine.shape[-1], dtype=logits.affine.dtype)
-                for axis, (n, finer_n) in enumerate(zip(inputs.shape[2:], logits.shape[2:])):
-                    step[axis, axis], step[axis, -1] = n / finer_n, (n / finer_n - 1) / 2
-                logits.affine = logits.affine @ step.to(logits.affine.device)
-        return found
+        logits = self.inferer(inputs, finer, *args, **kwargs)
+        if isinstance(logits, MetaTensor):
+            step = torch.eye(logits.affine.shape[-1], dtype=logits.affine.dtype)
+            for axis, (n, fine) in enumerate(zip(inputs.shape[2:], logits.shape[2:])):
+                step[axis, axis], step[axis, -1] = n / fine, (n / fine - 1) / 2
+            logits.affine = logits.affine @ step.to(logits.affine.device)
+        return logits
 
 
 class AutocastInferer(Inferer):
