@@ -5,8 +5,10 @@ from .dicom import ScanReader, dicom_scans, read_scan
 from .dicom_seg import SaveDicomSegd
 from .files import AtomicNibabelWriter, atomic_write, check_writable, scan_name, scans_in
 from .grids import ToScanGridd
+from .orientation import ThroughPlaneLastd
 
 __all__ = [
+    "ThroughPlaneLastd",
     "ToScanGridd",
     "AtomicNibabelWriter",
     "SaveDicomSegd",
