@@ -9,15 +9,19 @@ that is full or gone, with what is safe and how to go on.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 __all__ = ["InputError", "ending", "find_input_error", "say_how_to_go_on", "short_errors"]
 
 IN_WORKER = re.compile(r"^monai_morse\.errors\.InputError: (.+?)(?=\n\n|\nTraceback |\Z)", re.DOTALL | re.MULTILINE)
-_how_to_go_on = "what is written is whole; the same command starts again"
+FROM_THE_START = "what is written is whole, and the same command starts again"
+_how_to_go_on: tuple[str, Any] = (FROM_THE_START, None)
 
 
 class InputError(ValueError):
@@ -43,19 +47,24 @@ def _from_worker(error: BaseException) -> bool:
     return str(error).startswith("Caught ") and " in DataLoader worker process" in str(error)
 
 
-def say_how_to_go_on(words: str) -> None:
-    """Set what :func:`ending` tells of a run that was stopped: what is safe, and how to go on."""
+def say_how_to_go_on(words: str = FROM_THE_START, file: str | Path | None = None) -> None:
+    """Set what :func:`ending` tells of a run that is stopped: what is safe, and how to go on, as long as ``file`` is there."""
     global _how_to_go_on
-    _how_to_go_on = words
+    _how_to_go_on = words, file
+
+
+def _advice() -> str:
+    words, file = _how_to_go_on
+    return words if file is None or os.path.exists(file) else f"{file} is gone; the same command starts from the beginning"
 
 
 def ending(error: BaseException | None) -> str | None:
     """One line for an error that needs no traceback: rejected input, Ctrl-C, or a file that cannot be written or read.
 
     >>> ending(KeyboardInterrupt())
-    'stopped; what is written is whole; the same command starts again'
-    >>> ending(OSError(28, "No space left on device", "out/model.pt"))
-    'error: No space left on device: out/model.pt; what is written is whole; the same command starts again'
+    'stopped; what is written is whole, and the same command starts again'
+    >>> ending(OSError(28, "No space left on device", "a.pt"))
+    'error: No space left on device: a.pt; once that is mended, what is written is whole, and the same command starts again'
     >>> ending(KeyError("a bug"))
     """
     found = find_input_error(error)
@@ -64,9 +73,10 @@ def ending(error: BaseException | None) -> str | None:
     while error is not None and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, KeyboardInterrupt):
-        return f"stopped; {_how_to_go_on}"
+        return f"stopped; {_advice()}"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
-        return f"error: {error.strerror}{f': {error.filename}' if error.filename else ''}; {_how_to_go_on}"
+        where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes)) else ""
+        return f"error: {error.strerror}{where}; once that is mended, {_advice()}"
     return None
 
 
@@ -96,8 +106,12 @@ def short_errors() -> None:
         if (made.exc_info or repeats) and ending(sys.exc_info()[1]):
             made.exc_info = None
             if repeats:  # ignite's and StatsHandler's words, ahead of the one line that the hook prints
-                made.levelno, made.levelname = logging.DEBUG, "DEBUG"
+                made.levelno = -1  # below what any handler lets through
         return made
 
-    sys.excepthook = hook
+    def thread_hook(failed: threading.ExceptHookArgs) -> None:  # of TensorBoard's writer, which raises it again in the main one
+        if logging.getLogger().isEnabledFor(logging.DEBUG) or not ending(failed.exc_value):
+            threading.__excepthook__(failed)
+
+    sys.excepthook, threading.excepthook = hook, thread_hook
     logging.setLogRecordFactory(record)

@@ -39,12 +39,13 @@ class MorseInferer(Inferer):
     torch.Size([1, 2, 12, 10, 8])
     """
 
+    @typed_arguments
     def __init__(
         self,
         inferer: Inferer | None = None,
         coordinates: str = "window",
         scale: int | Sequence[int] = 1,
-        amp: bool | str = False,
+        amp: bool = False,
     ) -> None:
         super().__init__()
         check_choice("coordinates", coordinates, COORDINATES)

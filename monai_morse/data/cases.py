@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from monai_morse.config import check_choice
+from monai_morse.config import check_choice, parse_number, typed_arguments
 from monai_morse.errors import InputError
 
 from .dicom import is_dicom_scan, read_scan
@@ -70,6 +70,7 @@ def msd_class_names(dataset_dir: str | Path) -> list[str]:
     return [str(labels[str(i)]) for i in range(1, len(labels))]
 
 
+@typed_arguments
 def msd_cases(
     dataset_dir: str | Path,
     split: str = "train",
@@ -119,10 +120,10 @@ def msd_cases(
         wanted = [e for e in entries if split in ("all", e.get("split"))]
         return [{k: str(root / e[k]) for k in ("image", "label")} for e in wanted]
     patients = sorted({str(e.get("patient", e["label"])) for e in entries})
-    if not 0 <= fold < num_folds or not 2 <= num_folds <= len(patients):
-        raise InputError(
-            f"need 0 <= fold < num_folds and 2 <= num_folds <= {len(patients)} patients, got fold {fold} of {num_folds}"
-        )
+    if len(patients) < 2:
+        raise InputError(f"{root} has one patient, {patients[0]}: to train and to validate, two at least are needed; add cases")
+    parse_number(num_folds, f"{root} has {len(patients)} patients: num_folds", int, f"[2, {len(patients)}]")
+    parse_number(fold, f"fold, of {num_folds},", int, f"[0, {num_folds - 1}]")
     random.Random(seed).shuffle(patients)
     held_back = set(patients[fold::num_folds])
 
