@@ -176,7 +176,8 @@ time.sleep(60)
 
     assert soon(lambda: command.read_bytes().startswith(b"sleep"))
     cell.kill()
-    cell.communicate()
+    cell.wait()
+    cell.stdout.close()
     assert soon(lambda: not command.is_file() or not command.read_bytes())  # gone, or waiting to be reaped
 
 
