@@ -1,17 +1,25 @@
-"""``python -m monai_morse``: phantoms, data prepared, bundles wrapped, sweeps and their tables."""
+"""``monai-morse`` or ``python -m monai_morse``: phantoms, data prepared, bundles wrapped, sweeps and their tables."""
 
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from pathlib import Path
 
+import monai
+import torch
+
+from monai_morse import __version__
 from monai_morse.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m monai_morse", description=__doc__)
+    parser = argparse.ArgumentParser(prog="monai-morse", description=__doc__)
+    versions = f"monai_morse {__version__}, MONAI {monai.__version__}, torch {torch.__version__}"
+    versions += f", Python {platform.python_version()}"
+    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
