@@ -32,6 +32,17 @@ def test_config_finds_morse_by_both_names():
     assert done.stdout.split()[-4:] == 2 * ["monai_morse.networks.morse", "Morse"], done.stderr
 
 
+def test_the_readmes_config_resolves_with_import_monai_morse_alone():
+    section = (ROOT / "README.md").read_text().split("## In your own config")[1].split("\n## ")[0]
+    config = yaml.safe_load("\n".join(line for line in section.splitlines() if line.startswith("    ")))
+    code = (
+        f"from monai.bundle import ConfigParser\np = ConfigParser({config!r})\n"
+        "print(*(type(p.get_parsed_content(name)).__name__ for name in ('network_def', 'loss', 'prepare_batch')))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split()[-3:] == ["Morse", "MorseLoss", "function"], done.stderr
+
+
 @pytest.mark.parametrize("name", monai_morse.__all__)
 def test_public_names_are_documented_and_unique_among_monais(name):
     import monai
