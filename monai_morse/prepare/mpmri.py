@@ -310,7 +310,8 @@ def prepare_mpmri(
     with atomic_write(out / "skipped.csv") as partial, open(partial, "w", newline="") as stream:
         csv.writer(stream).writerows([("patient", "phase", "reason"), *skipped])
     if not training:
-        raise InputError(f"no case can be used: {'; '.join(': '.join(s).strip(': ') for s in skipped[:5])}")
+        few = "; ".join(": ".join(s).strip(": ") for s in skipped[:5])
+        raise InputError(f"no case can be used: {few}; {out / 'skipped.csv'} says of all why")
     _list_cases(out, phases, training)
     used = len({e["patient"] for e in training})
     table += ["", f"{len(training)} cases of {used} patients in {out}, {len(skipped)} left out (skipped.csv)"]
