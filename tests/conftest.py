@@ -29,6 +29,17 @@ SMALL = {
 }
 
 
+OF_GROUP = {"coarse": "mixture", "read_features": "head", "image_patch": "head", "patch_norm": "head"}
+
+
+def grouped(options):
+    """Options of Morse with those of ``OF_GROUP`` moved into their group."""
+    found = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items() if name not in OF_GROUP}
+    for name in OF_GROUP.keys() & options.keys():
+        found.setdefault(OF_GROUP[name], {})[name] = options[name]
+    return found
+
+
 def window(name, dims, batch=2):
     """An input that a tiny backbone takes."""
     return torch.rand(batch, 1, *BACKBONES[name].window[:dims])

@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import torch
+from conftest import grouped
 from torch import nn
 
 from monai_morse import Morse
+from monai_morse.networks import DecoderFeatures
 from monai_morse.networks.renderers import AnatomicalHead, PointRendHead
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -93,17 +95,19 @@ def softmax(v):
     return e / e.sum()
 
 
-def mixture_by_hand(m, features, size, keep=None):
-    """Equations 1 and 2 for one sample: a function of a place that returns x_out and the experts' weights W there."""
+def mixture_by_hand(m, features, size, counts=None):
+    """Equations 1 and 2 for one sample: a function of a place that returns x_out and the experts' weights W there.
+
+    ``counts`` is what each expert counts in training, 0 where it is dropped."""
 
     def expert(i, d):
         e = np.zeros((m.out_channels, *d.shape[1:]))
         for voxel in voxels(d.shape[1:]):
             e[(slice(None), *voxel)] = mlp(weights_of(m.experts[i]), value(d, voxel), last_relu=True)
-        return e if keep is None else e * keep[i]
+        return e if counts is None else e * counts[i]
 
     experts = [expert(i, d) for i, d in enumerate(features)]
-    gate_size = [math.ceil(n / m.gate_stride) for n in size]
+    gate_size = [math.ceil(n / k) for n, k in zip(size, m.gate_stride)]
     # the gate reads experts of averaged features, upsampled where they are coarser than its grid
     averaged = [average_or_interpolate(d, [min(a, b) for a, b in zip(d.shape[1:], gate_size)]) for d in features]
     logits = np.concatenate([average_or_interpolate(expert(i, d), gate_size) for i, d in enumerate(averaged)])
@@ -123,7 +127,7 @@ def mixture_by_hand(m, features, size, keep=None):
 
     def at(place):
         v, w = value_at(logits, place), np.zeros(len(experts))
-        active = [i for i in range(len(experts)) if keep is None or keep[i]]
+        active = [i for i in range(len(experts)) if counts is None or counts[i] or not m.renormalize]
         if active:
             w[active] = softmax(v[active])
         mixed = sum(w[i] * value_at(e, place) for i, e in enumerate(experts))
@@ -149,16 +153,16 @@ def head_by_hand(head, feature, place, coarse, context):
         h = np.maximum(w3 @ np.concatenate([h, coarse]) + b3, 0)
         out = w4 @ np.concatenate([h, coarse]) + b4
     else:
-        # 5 linear maps: 2 hidden ones, then the generator, whose output is matrix, bias, matrix, bias, matrix, bias
+        # 6 linear maps: 2 hidden ones, then the generator, whose output is matrix, bias, four times over
         w, b = head.generator.weight.detach().numpy(), head.generator.bias.detach().numpy()
         numbers = iter((w @ mlp(weights_of(head.hidden), context, last_relu=True) + b).tolist())
         v = np.concatenate([encode(head.encoding.frequencies, place), feature])
         width = head.hidden.layers[0].out_channels
-        for layer, length in enumerate((width, width, len(coarse))):
+        for layer, length in enumerate((width, width, width, len(coarse))):
             matrix = [[next(numbers) for _ in range(len(v))] for _ in range(length)]
             bias = [next(numbers) for _ in range(length)]
             v = np.array([sum(m * x for m, x in zip(row, v)) + b for row, b in zip(matrix, bias)])
-            v = np.maximum(v, 0) if layer < 2 else v
+            v = np.maximum(v, 0) if layer < 3 else v
         assert next(numbers, None) is None
         out = v
     return coarse + out if head.residual else out
@@ -188,9 +192,8 @@ def morse_by_hand(net, x, b, window_affine=None):
         read = [] if net.mixture is None else [mixture(place)[0]]
         if net.mixture is None or net.read_features:
             read += [value_at(f, place) for f in features]
-        if net.image_patch:
-            near = range(-(net.image_patch // 2), net.image_patch // 2 + 1)
-            steps = itertools.product(near, repeat=len(size))
+        if net.reads_patch:
+            steps = itertools.product(*(range(-(side // 2), side // 2 + 1) for side in net.image_patch))
             around = [value_at(x[b].numpy(), [c + 2 * k / n for c, k, n in zip(place, step, size)]) for step in steps]
             patch = np.array(around).T
             if net.patch_norm:
@@ -293,11 +296,11 @@ def randomised(module):
 
 
 def pyramid_morse(dims, classes, channels, strides, num_eval=7, gate_stride=1, **options):
-    backbone = Pyramid(dims, classes, channels, strides)
+    names = [f"features.{i}" for i in range(len(channels))]
+    backbone = DecoderFeatures(Pyramid(dims, classes, channels, strides), names)
     sizes = {"mixture": {"width": 6, "gate_stride": gate_stride}, "points": {"num_eval": num_eval, "num_train": 9}}
     sizes["head"] = {"width": 4, "num_frequencies": 3, "residual": False, **options.pop("head", {})}
-    names = [f"features.{i}" for i in range(len(channels))]
-    return randomised(Morse(backbone, num_experts=len(channels), decoder=names, **sizes, **options))
+    return randomised(Morse(backbone, **grouped({**sizes, **options})))
 
 
 WINDOWS = [  # batch, classes, size, channels and strides of the decoder features

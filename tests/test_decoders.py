@@ -83,7 +83,7 @@ def test_unknown_backbone_asks_for_names_and_takes_them():
         def forward(self, x):
             return self.head(self.up(self.down(x)))
 
-    with pytest.raises(InputError, match="Tiny are not known.*decoder="):
+    with pytest.raises(InputError, match="Tiny are not known.*register_backbone"):
         DecoderFeatures(Tiny())
     features = DecoderFeatures(Tiny(), ["down", "up"])
     assert [(f.channels, f.reduction) for f in features.info] == [(6, (2.0, 2.0)), (4, (1.0, 1.0))]
@@ -142,9 +142,9 @@ def test_a_function_gives_the_features_of_what_cannot_be_traced():
         def forward(self, x):
             return self.head(self.conv(x)) if x.sum() > 0 else self.head(self.conv(-x))
 
-    with pytest.raises(InputError, match="Branching cannot be traced.*give decoder=a function"):
-        Morse(Branching(), decoder=["conv"], num_experts=1)
-    net = Morse(Branching(), decoder=branching_features, mixture={"width": 4}, head={"width": 4})
+    with pytest.raises(InputError, match="Branching cannot be traced.*use DecoderFeatures.network, a function"):
+        DecoderFeatures(Branching(), ["conv"])
+    net = Morse(DecoderFeatures(Branching(), branching_features), mixture={"width": 4}, head={"width": 4})
     assert [(f.name, f.channels, f.reduction) for f in net.decoder.info] == [("feature 0", 5, (1.0, 1.0))]
     x = torch.rand(2, 1, 12, 10)
     assert net.eval()(x).shape == (2, 3, 12, 10)

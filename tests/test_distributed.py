@@ -28,7 +28,8 @@ def train(experts, renderer, rank, processes):
     losses, samples = [], DiceCELoss(softmax=True, to_onehot_y=True)
     for step, (image, label) in enumerate(zip(images, labels)):
         own = slice(rank, None, processes)
-        criterion = MorseLoss(weight=0.5 * step, loss=samples)  # 0 at first, as in a ramp
+        criterion = MorseLoss(loss=samples)
+        criterion.weight = 0.5 * step  # 0 at first, as in a ramp
         loss = criterion(model(image[own], return_points=True), label[own])
         optimizer.zero_grad()
         loss.backward()

@@ -29,9 +29,8 @@ from reference import (
     voxels,
 )
 
-from monai_morse import InputError
 from monai_morse.networks import FourierEncoding
-from monai_morse.networks import points as P
+from monai_morse.networks import points as geometry
 from monai_morse.networks.experts import Mixture
 from monai_morse.networks.renderers import AnatomicalHead, ImplicitPointRendHead, PointRendHead
 
@@ -46,9 +45,10 @@ FEATURES = [  # batch, channels of D_1..D_N, their sizes, the input's size
 ]
 
 
-@pytest.mark.parametrize("stride, norm", [(1, False), (2, False), (3, False), (1, True), (2, True)])
+@pytest.mark.parametrize("stride, norm", [(1, False), (2, False), (3, False), (1, True), (2, True), ((2, 1, 3), False)])
 @pytest.mark.parametrize("batch, channels, sizes, size", FEATURES)
 def test_mixture_is_equations_1_and_2(batch, channels, sizes, size, stride, norm):
+    stride = list(stride[: len(size)]) if isinstance(stride, tuple) else stride
     m = randomised(Mixture(channels, len(size), width=3, gate_stride=stride, gate_norm=norm))
     features = [torch.randn(batch, c, *s, dtype=torch.float64) for c, s in zip(channels, sizes)]
     places = torch.rand(batch, 4, len(size), dtype=torch.float64) * 2.2 - 1.1
@@ -65,20 +65,22 @@ def test_mixture_is_equations_1_and_2(batch, channels, sizes, size, stride, norm
             np.testing.assert_allclose(got_at[b, :, p], mixture(places[b, p].tolist())[0], **CLOSE)
 
 
+@pytest.mark.parametrize("renormalize, scale", [(True, 1), (False, 2.5)])  # the paper's: standard dropout with alpha = 0.6
 @pytest.mark.parametrize("batch, channels, sizes, size", FEATURES[1:])
-def test_dropped_experts_are_zero_to_the_gate_and_the_weights_of_the_others_sum_to_1(batch, channels, sizes, size):
+def test_dropped_experts_are_zero_to_the_gate_and_to_the_sum(batch, channels, sizes, size, renormalize, scale):
     n = len(channels)
-    m = randomised(Mixture(channels, len(size), width=3, drop_prob=0.6)).train()
+    m = randomised(Mixture(channels, len(size), width=3, drop_prob=0.6, renormalize=renormalize)).train()
+    assert m.dropout.masks.unique().tolist() == [0, pytest.approx(scale)]
     features = [torch.randn(batch, c, *s, dtype=torch.float64) for c, s in zip(channels, sizes)]
     codes = torch.randint(0, 2**n, (batch,))  # bit i of a sample's code: expert i is kept
-    kept = [[(int(code) >> i) % 2 for i in range(n)] for code in codes]
+    kept = [[scale * ((int(code) >> i) % 2) for i in range(n)] for code in codes]
     m.dropout.forward = lambda batch: torch.tensor(kept, dtype=torch.float64)
     got = m(features, size).detach()
     for b in range(batch):
         mixture = mixture_by_hand(m, [d[b].numpy() for d in features], size, kept[b])
         for voxel in voxels(size):
             x_out, w = mixture(centre(voxel, size))
-            assert w.sum() == pytest.approx(float(any(kept[b])), abs=1e-12)
+            assert w.sum() == pytest.approx(float(any(kept[b]) or not renormalize), abs=1e-12)
             np.testing.assert_allclose(value(got[b], voxel), x_out, **CLOSE)
 
 
@@ -93,7 +95,7 @@ def test_sampling_is_linear_interpolation_by_hand(batch, size):
     faces = torch.tensor(list(itertools.product([-1.0, 0.0, 1.0], repeat=len(size))), dtype=torch.float64)
     edges = torch.tensor([centre(v, size) for v in voxels(size)], dtype=torch.float64)
     places = torch.cat([inside, faces.expand(batch, -1, -1), edges.expand(batch, -1, -1)], 1)
-    got = P.sample_linear(x, places)
+    got = geometry.sample_linear(x, places)
     for b in range(batch):
         for p in range(places.shape[1]):
             np.testing.assert_allclose(got[b, :, p], value_at(x[b].numpy(), places[b, p].tolist()), **CLOSE)
@@ -105,15 +107,15 @@ def test_sampling_at_finer_grids_centres_is_interpolate(size, fine):
     places = torch.tensor([[centre(v, fine) for v in voxels(fine)]] * 3, dtype=torch.float64)
     mode = "bilinear" if len(size) == 2 else "trilinear"
     expected = F.interpolate(x, fine, mode=mode, align_corners=False).flatten(2)
-    np.testing.assert_allclose(P.sample_linear(x, places), expected, **CLOSE)
+    np.testing.assert_allclose(geometry.sample_linear(x, places), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_placement_is_an_affine_map_of_each_sample(batch, dims):
+def test_coordinates_are_mapped_by_an_affine_map_of_each_sample(batch, dims):
     places = torch.rand(batch, 6, dims, dtype=torch.float64) * 2 - 1
     window_affine = torch.randn(batch, dims, dims + 1, dtype=torch.float64)
-    got = P.place(places, window_affine)
+    got = geometry.apply_affine(places, window_affine)
     for b in range(batch):
         for p in range(6):
             np.testing.assert_allclose(got[b, p], moved(window_affine[b], places[b, p].tolist()), **CLOSE)
@@ -135,7 +137,7 @@ def test_placement_is_an_affine_map_of_each_sample(batch, dims):
 )  # fmt: skip
 def test_encoding_worked_by_hand(size, voxel, place, frequencies, sines, cosines):
     index = torch.tensor([[int(np.ravel_multi_index(voxel, size))]])
-    coordinates = P.point_coordinates(index, size)
+    coordinates = geometry.point_coordinates(index, size)
     np.testing.assert_allclose(coordinates[0, 0], place, **AT_VOXELS)
     encoding = FourierEncoding(len(size), len(frequencies)).double()
     encoding.frequencies.data = torch.tensor(frequencies, dtype=torch.float64)
@@ -196,15 +198,14 @@ def test_expert_weights_are_equation_1_on_any_grid(batch, classes, size, channel
     net = pyramid_morse(len(size), classes, channels, strides, gate_stride=2)
     x, grid = torch.randn(batch, 1, *size, dtype=torch.float64), [2 * n + 1 for n in size]
     with torch.no_grad():
-        got, finer = net.expert_weights(x), net.expert_weights(x, grid)
+        got, finer = (net.inspect(x, g)["expert_weights"] for g in (None, grid))
     for b in range(batch):
         features = [f(x[b : b + 1])[0].detach().numpy() for f in net.decoder.backbone.features]
         mixture = mixture_by_hand(net.mixture, features, size)
         for maps, shape in ((got, size), (finer, grid)):
             for voxel in voxels(shape):
                 np.testing.assert_allclose(value(maps[b], voxel), mixture(centre(voxel, shape))[1], **CLOSE)
-    with pytest.raises(InputError, match="no gate"):
-        pyramid_morse(len(size), classes, channels, strides, experts="none").expert_weights(x)
+    assert "expert_weights" not in pyramid_morse(len(size), classes, channels, strides, experts="none").inspect(x)
 
 
 @each_system

@@ -325,12 +325,15 @@ def test_a_scan_that_would_be_too_large_is_refused_before_work(tmp_path):
     with pytest.raises(
         InputError, match="wide.nii.gz: resampled to 0.5 x 0.5 x 0.5 mm it has 1200 x 1200 x 800 voxels, more than"
     ):
-        usable_cases([case], 3, spacing=(0.5, 0.5, 0.5))
-    assert usable_cases([case], 3, spacing=(0.5, 0.5, 0.5), limits={"voxels": 2e9}) == [case]
+        usable_cases([case], 3, limits={"resampled_to": (0.5, 0.5, 0.5)})
+    assert usable_cases([case], 3, limits={"resampled_to": (0.5, 0.5, 0.5), "voxels": 2e9}) == [case]
     with pytest.raises(InputError, match="it has 60 x 60 x 40 voxels, more than 1e.05; crop it, or set --limits#voxels"):
         usable_cases([case], 3, limits={"voxels": 1e5})
     with pytest.raises(InputError, match="plausible are 1 to 5"):
         usable_cases([case], 3, limits={"spacing": (1, 5)})
+    with pytest.raises(InputError, match="a word of limits must be one of .*'voxels'.*, got 'voxel'"):
+        usable_cases([case], 3, limits={"voxel": 1e5})
+    assert usable_cases([case], 3, limits={"voxels": 1e5}, check="false") == [case]
 
 
 def test_a_header_that_promises_too_much_is_refused_before_it_takes_the_memory(tmp_path):
@@ -360,5 +363,5 @@ def test_a_ct_that_is_not_in_hu_is_done_with_a_warning(row, tmp_path, caplog):
     hu = np.random.default_rng(0).choice([-1000.0, -100, 20, 60, 120, 400], (20, 20, 20))
     path = tmp_path / "ct.nii.gz"
     nib.save(nib.Nifti1Image(change(hu).astype(np.float32), np.eye(4)), path)
-    usable_cases([{"image": str(path)}], 9, hounsfield=True)
+    usable_cases([{"image": str(path)}], 9, limits={"hounsfield": "true"})
     assert ("ct.nii.gz: these are not Hounsfield units: values from" in caplog.text) == warns

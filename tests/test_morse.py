@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROWS, SMALL, TINY, window
+from conftest import ROWS, SMALL, TINY, grouped, window
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
+from monai.losses import DiceCELoss
 
 from monai_morse import InputError, Morse
-from monai_morse.networks import points as P
+from monai_morse.networks import DecoderFeatures, decoder_names, register_backbone
+from monai_morse.networks import points as geometry
 from tools.systems import BACKBONES, CELLS, run_tiny
 
 
@@ -22,7 +24,7 @@ def image(dims, batch=2):
 
 
 def morse(backbone="BasicUNet", dims=2, classes=3, **options):
-    return Morse(TINY[backbone](dims, classes), **{**SMALL, **options})
+    return Morse(TINY[backbone](dims, classes), **grouped({**SMALL, **options}))
 
 
 @pytest.mark.parametrize("backbone, dims", ROWS)
@@ -129,12 +131,14 @@ def test_inference_changes_the_most_uncertain_voxels_and_no_other(dims, experts,
     net = morse("DynUNet", dims, experts=experts, coarse=coarse, points={"num_eval": 37}).eval()
     x = image(dims)
     with torch.no_grad():
-        coarse_logits = net.coarse(x)
+        seen = net.inspect(x)
+        coarse_logits, mask = seen["coarse"], seen["rendered"]
         out = net(x)
-        mask = net.rendered_voxels(x)
+        assert torch.equal(seen["logits"], out)
         grid = [2 * n for n in x.shape[2:]]
-        changed = (net(x, grid=grid) != net.coarse(x, grid)).any(1, keepdim=True)
-        assert changed.any() and (net.rendered_voxels(x, grid)[changed] == 1).all()
+        finer = net.inspect(x, grid)
+        changed = (net(x, grid=grid) != finer["coarse"]).any(1, keepdim=True)
+        assert changed.any() and (finer["rendered"][changed] == 1).all()
     if coarse == "backbone":
         assert torch.equal(coarse_logits, net.decoder.backbone(x))
     top = coarse_logits.sort(1).values
@@ -158,7 +162,7 @@ def test_without_experts_a_point_reads_every_decoder_feature_there(dims):
         index = torch.arange(math.prod(size))[None]
         mode = "bilinear" if dims == 2 else "trilinear"
         up = [torch.nn.functional.interpolate(f, size, mode=mode, align_corners=False).flatten(2) for f in features]
-        coordinates = P.point_coordinates(index, size)
+        coordinates = geometry.point_coordinates(index, size)
         expected = net.renderer(torch.cat(up, 1), coordinates, coarse.flatten(2), torch.zeros(1, 0))
         assert torch.allclose(net._render(maps, coordinates, coarse.flatten(2), None), expected, atol=1e-4)
 
@@ -251,7 +255,7 @@ def test_same_seed_same_points():
         ({"num_experts": 9}, "num_experts must be 1 to 5.*got 9"),
         ({"num_experts": 0}, "num_experts must be 1 to 5"),
         ({"dropout": 1.0}, "dropout .alpha. must be in"),
-        ({"mixture": {"widht": 8}}, "mixture: .*widht"),
+        ({"mixture": {"widht": 8}}, "mixture: unknown option 'widht'.*did you mean width"),
         ({"head": {"depth": 8}}, "head: .*depth"),
         ({"points": {"n": 8}}, "points: .*'n'"),
         ({"renderer": "none", "coarse": "backbone"}, "experts without a renderer"),
@@ -269,7 +273,7 @@ def test_training_points_are_as_uncertain_as_those_rendered_at_inference(options
     net = morse(experts="none", points=points).eval()
     x = image(2, batch=1)
     with torch.no_grad():
-        score = P.uncertainty(net.coarse(x))[0]
+        score = geometry.uncertainty(net.inspect(x)["coarse"])[0]
         ranks = torch.empty(score.numel(), dtype=torch.long)
         ranks[score.argsort(descending=True)] = torch.arange(score.numel())
         drawn = torch.cat([ranks[net(x, return_points=True).point_index[0, :30]] for _ in range(200)])
@@ -311,7 +315,7 @@ def test_with_a_stride_the_backbone_sees_averages_and_the_renderer_the_image(dim
         for parameter in net.renderer.mlp.layers[-1].parameters():  # the bias too: all 8 channels may be dead somewhere
             torch.nn.init.normal_(parameter)
         changed = (net(x) != upsampled).any(1, keepdim=True)
-        assert torch.equal(changed.float(), net.rendered_voxels(x))
+        assert torch.equal(changed.float(), net.inspect(x)["rendered"])
         # the same averages, another image: the coarse map stays, what is rendered does not
         other = x.clone()
         other[:, :, ::2] += 0.1
@@ -337,12 +341,87 @@ def test_every_cell_takes_a_stride_and_reads_the_image(experts, renderer):
 )
 def test_the_coarser_the_backbone_sees_the_image_the_more_of_it_is_read(dims, stride, preset, side):
     net, blind = (morse("DynUNet", dims, stride=stride, preset=preset, image_patch=patch) for patch in (None, 0))
-    assert net.image_patch == side
+    assert net.image_patch == [side] * dims
     inputs = [n.renderer.mlp.layers[0].weight.shape[1] for n in (net, blind)]
     assert inputs[0] - inputs[1] == (side**dims + 2 if side else 0)  # the voxels, their mean and spread
 
 
-@pytest.mark.parametrize("options", [{"stride": 0}, {"image_patch": 2}, {"image_patch": -1}])
-def test_a_stride_below_one_and_an_even_patch_are_errors(options):
-    with pytest.raises(InputError, match=next(iter(options))):
+@pytest.mark.parametrize(
+    "given, patch", [({}, [5, 3, 5]), ({"image_patch": [3, 1, 5]}, [3, 1, 5]), ({"image_patch": 3}, [3] * 3)]
+)
+def test_strides_and_patches_by_axis(given, patch):
+    net = morse("DynUNet", 3, experts="none", stride=[2, 1, 4], **given).eval()
+    assert net.image_patch == patch
+    x = torch.rand(1, 1, 16, 24, 64)
+    averaged = x.unfold(2, 2, 2).unfold(4, 4, 4).flatten(5).mean(-1)
+    with torch.no_grad():
+        coarse = F.interpolate(net.decoder.backbone(averaged), x.shape[2:], mode="trilinear")
+        seen = net.inspect(x)
+        assert torch.allclose(seen["coarse"], coarse, atol=1e-5)
+        assert seen["rendered"].sum() == 100 and not torch.equal(seen["logits"], coarse)
+    check_copies(net, x)
+    check_script(net, x, torch.rand(1, 1, 32, 16, 32))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"stride": 0}, "stride must be whole numbers from 1 on, got 0"),
+        ({"stride": [2, 2, 1]}, "stride must be a whole number or 2 of them"),
+        ({"stride": "fine"}, "stride must be a whole number, got 'fine'"),
+        ({"image_patch": 2}, "image_patch must be 0 or odd numbers of voxels"),
+        ({"image_patch": -1}, "image_patch must be 0 or odd"),
+        ({"image_patch": [3, 0]}, "image_patch must be 0 or odd"),
+        ({"mixture": {"gate_stride": [4, 4, 4]}}, "mixture: gate_stride must be a whole number or 2"),
+        ({"points": {"multilabel": "maybe"}}, "points: multilabel must be true or false, got 'maybe'"),
+        ({"num_experts": "three"}, "num_experts must be a whole number, got 'three'"),
+        ({"mixture": 3}, "mixture must be a mapping of coarse, width"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_errors(options, message):
+    with pytest.raises(InputError, match=message):
         morse(**options)
+
+
+def test_words_of_a_command_line_mean_what_they_mean_in_a_file():
+    points = {"multilabel": "false", "num_eval": "50", "oversample": None}
+    net = morse(num_experts="2", dropout="0.5", image_patch="3", patch_norm="True", points=points)
+    file = morse(num_experts=2, dropout=0.5, image_patch=3, patch_norm=True, points={"multilabel": False, "num_eval": 50})
+    assert net.options == file.options and not net.multilabel and net.patch_norm
+
+
+def test_options_are_plain_data_and_print():
+    net = morse("DynUNet", 3, stride=[2, 2, 1], preset="light")
+    lines = str(net.options).splitlines()
+    assert lines[0] == "experts: stochastic" and "stride: [2, 2, 1]" in lines
+    assert net.options.mixture["coarse"] == "backbone" and net.options.head["image_patch"] == [5, 5, 3]
+
+
+def test_points_given_to_another_loss_are_an_error_that_says_so():
+    output = morse()(image(2), return_points=True)
+    with pytest.raises(AttributeError, match="MorseOutput has no 'dim'.*needs MorseLoss"):
+        DiceCELoss(to_onehot_y=True, softmax=True)(output, torch.zeros(2, 1, 32, 48))
+
+
+@pytest.mark.parametrize("number, names", [(None, ["upcat_3", "upcat_1"]), (1, ["upcat_1"])])
+def test_a_backbone_that_names_its_features_decides_which_there_are(number, names):
+    features = DecoderFeatures(TINY["BasicUNet"](2, 3), ["upcat_3", "upcat_1"])
+    net = Morse(features, num_experts=number, **SMALL)
+    assert [f.name for f in net.decoder.info] == names and net.options.num_experts == len(names)
+    assert "decoder.backbone.conv_0.conv_0.conv.weight" in net.state_dict()
+    with pytest.raises(InputError, match="num_experts must be 1 to 2, the decoder features of BasicUNet, got 3"):
+        Morse(features, num_experts=3, **SMALL)
+
+
+def test_a_registered_class_is_known_and_the_last_registration_counts():
+    class Mine(type(TINY["BasicUNet"](2, 3))):
+        pass
+
+    mine = Mine(2, 1, 3, features=(4, 4, 8, 16, 32, 4))
+    register_backbone(Mine, ["upcat_2", "upcat_1"])
+    assert decoder_names(mine) == ["upcat_2", "upcat_1"]
+    register_backbone(Mine, lambda net: [f"upcat_{i}" for i in (4, 3)])
+    assert [f.name for f in Morse(mine, num_experts=2, **SMALL).decoder.info] == ["upcat_4", "upcat_3"]
+    assert len(decoder_names(TINY["BasicUNet"](2, 3))) == 5
+    with pytest.raises(InputError, match="must be a list of names, got the string 'up'"):
+        register_backbone(Mine, "up")

@@ -9,14 +9,14 @@ import monai.data
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TINY, window
+from conftest import SMALL, TINY, grouped, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import pyramid_morse, randomised
 from scipy.stats import chisquare
 
 from monai_morse import Morse, MorseLoss
-from monai_morse.networks import points as P
+from monai_morse.networks import points as geometry
 from monai_morse.networks.experts import ExpertDropout, Mixture
 
 # --- chances: the frequency of every outcome against its exact probability --------------------------------------------------
@@ -109,7 +109,11 @@ def point_chances(score, number, oversample, ratio, pool=0):
 )
 def test_training_points_have_their_distribution(voxels, number, oversample, ratio, pool):
     score = -torch.rand(voxels)
-    index = P.select_training_points(score.expand(30000, -1), number, oversample, ratio, pool)
+    scores = score.expand(30000, -1)
+    if oversample:
+        index = geometry.select_oversampled_points(scores, number, oversample, ratio)
+    else:
+        index = geometry.select_rendered_points(scores, number, pool, ratio)
     taken = round(ratio * min(number, voxels))
     seen = Counter((frozenset(row[:taken]), frozenset(row[taken:])) for row in index.tolist())
     assert all(len(a) == taken and len(a | b) == min(number, voxels) for a, b in seen)
@@ -152,7 +156,7 @@ def test_no_place_gives_no_logits(experts, coarse, renderer):
 @pytest.mark.parametrize("backbone, dims", [("BasicUNet", 2), ("BasicUNet", 3), ("DynUNet", 2), ("DynUNet", 3)])
 @each_system
 def test_a_sample_alone_in_a_batch_or_in_another_memory_format(backbone, dims, experts, coarse, renderer):
-    net = randomised(Morse(TINY[backbone](dims, 3), experts, renderer, coarse=coarse, **SMALL))
+    net = randomised(Morse(TINY[backbone](dims, 3), experts, renderer, **grouped({**SMALL, "coarse": coarse})))
     x = window(backbone, dims, batch=5 - dims).double()
     channels_last = torch.channels_last if dims == 2 else torch.channels_last_3d
     with torch.no_grad():
@@ -210,7 +214,7 @@ def test_uncertainty_is_what_sorting_says(size, batch, classes, dtype, ties, see
     torch.manual_seed(seed)
     logits = torch.randn(batch, classes, *size).to(dtype)
     logits = logits.round() if ties else logits
-    got = P.uncertainty(logits)
+    got = geometry.uncertainty(logits)
     ordered = logits.sort(1).values.flatten(2)
     assert got.dtype == dtype and (got <= 0).all()
     assert torch.equal(got, ordered[:, -2] - ordered[:, -1])
@@ -222,8 +226,11 @@ def test_selected_points_are_voxels_and_differ(voxels, batch, number, oversample
     torch.manual_seed(seed)
     score = -torch.rand(batch, voxels).to(dtype)
     score = score.round() if ties else score
-    draws = [P.select_training_points(score, number, k, ratio, voxels // 3) for k in (oversample, 0)]
-    for index in (*draws, P.select_uncertain_points(score, number)):
+    draws = [
+        geometry.select_oversampled_points(score, number, oversample, ratio),
+        geometry.select_rendered_points(score, number, voxels // 3, ratio),
+    ]
+    for index in (*draws, geometry.select_uncertain_points(score, number)):
         assert index.shape == (batch, min(number, voxels)) and index.dtype == torch.long
         assert index.min() >= 0 and index.max() < voxels
         assert all(len(set(row)) == len(row) for row in index.tolist())
@@ -241,10 +248,10 @@ def test_what_is_written_is_gathered_and_nothing_else_changes(size, batch, chann
     x, values = torch.randn(batch, channels, *size).to(dtype), torch.randn(batch, channels, number).to(dtype)
     index = torch.stack([torch.randperm(math.prod(size))[:number] for _ in range(batch)])
     before = x.clone()
-    written = P.write_points(x, index, values)
+    written = geometry.write_points(x, index, values)
     assert written.dtype == dtype and torch.equal(x, before)
-    assert torch.equal(P.gather_points(written, index), values)
-    assert torch.equal(P.write_points(written, index, P.gather_points(x, index)), x)
+    assert torch.equal(geometry.gather_points(written, index), values)
+    assert torch.equal(geometry.write_points(written, index, geometry.gather_points(x, index)), x)
 
 
 @some
@@ -252,7 +259,7 @@ def test_what_is_written_is_gathered_and_nothing_else_changes(size, batch, chann
 def test_index_to_coordinates_and_back(size, batch, seed):
     torch.manual_seed(seed)
     index = torch.randint(0, math.prod(size), (batch, 50))
-    coordinates = P.point_coordinates(index, size)
+    coordinates = geometry.point_coordinates(index, size)
     assert coordinates.shape == (batch, 50, len(size)) and coordinates.abs().max() < 1
     lengths = torch.tensor(size)
     voxel = ((coordinates + 1) * lengths - 1) / 2
@@ -272,7 +279,7 @@ def test_a_linear_ramp_is_sampled_exactly_between_the_outermost_centres(size, ba
     places = (torch.rand(batch, 20, len(size), dtype=torch.float64) * 2 - 1) * (1 - 1 / lengths)
     expected = 1.5 + ((((places + 1) * lengths - 1) / 2) * slopes).sum(-1)
     x = ramp.to(dtype).expand(batch, 2, *size)
-    got = P.sample_linear(x, places if dtype == torch.float64 else places.float())
+    got = geometry.sample_linear(x, places if dtype == torch.float64 else places.float())
     tolerance = 8 * torch.finfo(dtype).eps * (1 + ramp.abs().max().item())
     assert got.dtype == dtype and got.shape == (batch, 2, 20)
     assert torch.allclose(got.double(), expected[:, None].expand(-1, 2, -1), rtol=0, atol=tolerance)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from monai_morse.networks import streaming
 from monai_morse.networks.experts import Mixture, PointwiseMLP
+from tools.literal import literal_mixture
 
 CASES = [  # batch, sizes of the decoder features, size
     (2, [[4, 3], [8, 6]], [8, 6]),
@@ -33,33 +34,21 @@ def test_a_convolution_of_upsampled_maps(old, size, channels):
         assert torch.allclose(a, b, atol=1e-9)
 
 
-def plain(m, features, keep, size, classifier):
-    """The textbook's order: upsample all, concatenate, convolve, weigh, sum, fuse, classify."""
-    mode = "bilinear" if len(size) == 2 else "trilinear"
-    active = keep.to(features[0].dtype).reshape(*keep.shape, *[1] * len(size))
-    whole = [F.interpolate(mlp(f), size, mode=mode) for mlp, f in zip(m.experts, features)]
-    whole = [expert * kept for expert, kept in zip(whole, active.split(1, 1))]
-    gate = m.gate(torch.cat(whole, 1)) if m.gate is not None else torch.zeros_like(whole[0][:, :1])
-    weights = gate.exp() * active
-    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-300)
-    return classifier(m.fuse(sum(w * e for w, e in zip(weights.split(1, 1), whole))))
-
-
-@pytest.mark.parametrize("slab", [1, 200, 10**6])
+@pytest.mark.parametrize("slab, renormalize", [(1, True), (200, False), (10**6, True)])
 @pytest.mark.parametrize("batch, sizes, size", CASES)
-def test_streamed_values_and_gradients_for_every_mask(batch, sizes, size, slab, monkeypatch):
+def test_streamed_values_and_gradients_for_every_mask(batch, sizes, size, slab, renormalize, monkeypatch):
     monkeypatch.setattr(streaming, "SLAB", slab)
     torch.manual_seed(0)
     n = len(sizes)
-    m = Mixture([3 + i for i in range(n)], len(size), width=4, drop_prob=0.5, min_active=0).double().train()
+    options = {"drop_prob": 0.5, "min_active": 0, "renormalize": renormalize}
+    m = Mixture([3 + i for i in range(n)], len(size), width=4, **options).double().train()
     classifier = PointwiseMLP(4, [3], last_activation=False).double()
     parameters = [*m.parameters(), *classifier.parameters()]
     features = [torch.randn(batch, 3 + i, *s, dtype=torch.float64, requires_grad=True) for i, s in enumerate(sizes)]
     for first in itertools.product([0.0, 1.0], repeat=n):
-        keep = torch.tensor([first, *[[0.0, 1.0, 0.0, 1.0][:n]] * (batch - 1)])
-        gate = m.gate_logits(features, keep, size)
-        got = streaming.classify(m, classifier, features, keep, gate, size)
-        expected = plain(m, features, keep, size, classifier)
+        counts = torch.tensor([first, *[[0.0, 1.0, 0.0, 1.0][:n]] * (batch - 1)]) * (1.0 if renormalize else 2.0)
+        got = m.classify(classifier, features, counts, m.gate_logits(features, counts, size), size)
+        expected = classifier(literal_mixture(m, features, counts, size)[1])
         assert torch.allclose(got, expected, atol=1e-9)
         for a, b in zip(*(torch.autograd.grad(y.sin().sum(), [*features, *parameters]) for y in (got, expected))):
             assert torch.allclose(a, b, atol=1e-8)  # grad() raises where one is missing

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, TINY
+from conftest import SMALL, TINY, grouped
 from monai.networks.nets import UNet
 
 from monai_morse import InputError, Morse, load_matching
@@ -14,7 +14,7 @@ def morse(experts="stochastic", renderer="anatomical", classes=3, **options):
         TINY["BasicUNet"](2, classes),
         experts,
         renderer,
-        **{**SMALL, "coarse": "experts" if experts != "none" else None, **options},
+        **grouped({**SMALL, "coarse": "experts" if experts != "none" else None, **options}),
     )
 
 
@@ -61,11 +61,11 @@ def test_nothing_that_matches_is_an_error(tmp_path):
 
 
 def test_a_frozen_backbone_rests_but_for_what_a_checkpoint_lacks():
-    net = morse(classes=5, freeze_backbone="true", coarse=None)
+    net = morse(classes=5)
+    loaded = load_matching(net, morse(classes=3).state_dict(), freeze_backbone="true")
     backbone = {n: p for n, p in net.named_parameters() if n.startswith("decoder.")}
-    assert not any(p.requires_grad for p in backbone.values()) and not net.train().decoder.backbone.training
+    assert not net.train().decoder.backbone.training
     assert net.mixture.training and all(p.requires_grad for n, p in net.named_parameters() if n not in backbone)
-    loaded = load_matching(net, morse(classes=3, coarse=None).state_dict())
     thawed = {n for n, p in backbone.items() if p.requires_grad}
     assert thawed == {n for n in loaded.new if n.startswith("decoder.")} != set()
     assert all(loaded.in_backbone((n, p)) == (n not in thawed) for n, p in backbone.items())
@@ -74,7 +74,8 @@ def test_a_frozen_backbone_rests_but_for_what_a_checkpoint_lacks():
 
 def test_batch_statistics_of_a_frozen_backbone_rest_too():
     for frozen in (True, False):
-        net = Morse(UNet(2, 1, 3, [4, 8, 8], [2, 2], norm="batch"), num_experts=2, freeze_backbone=frozen, **SMALL)
+        net = Morse(UNet(2, 1, 3, [4, 8, 8], [2, 2], norm="batch"), num_experts=2, **SMALL)
+        net = net.freeze_backbone() if frozen else net
         before = {k: v.clone() for k, v in net.state_dict().items()}
         net.train()(torch.rand(2, 1, 32, 32), return_points=True)
         changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}

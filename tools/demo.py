@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -97,7 +98,8 @@ def _picture(out: Path, configs: list[str], options: dict, case: dict[str, str])
     window = SlidingWindowInferer(roi_size=options["patch_size"], overlap=0.5)
     device = parser.get_parsed_content("device")
     with torch.no_grad():
-        rendered = window(item["image"][None].to(device), network.inspect)["rendered"][0].cpu()  # type: ignore[index]
+        seen: Any = window(item["image"][None].to(device), network.inspect)
+    rendered = seen["rendered"][0].cpu()
     item["pred"] = MetaTensor((rendered > 0).float(), meta=item["image"].meta)
     points = np.asarray(ToScanGridd("pred")(item)["pred"][0]) > 0.5
     name = scan_name(case["image"])

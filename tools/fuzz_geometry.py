@@ -300,11 +300,11 @@ def try_inference(folder: Path, rng: np.random.Generator) -> Counter:
     for scan in scans:
         write_random(scan, rng, **random_header(rng))
     bundle = str(rng.choice(list(CLASSES)))
-    patch, limits = [24, 24] if "synapse" in bundle else [24, 24, 24], {"spacing": [0.05, 15], "voxels": 3e6}
+    patch = [24, 24] if "synapse" in bundle else [24, 24, 24]
     refused = ""
     with _listening() as lines:
         try:
-            infer(bundle, folder / "scans", folder / "out", patch_size=patch, limits=limits)
+            infer(bundle, folder / "scans", folder / "out", patch_size=patch, **{"limits#voxels": 3e6})
         except InputError as error:
             refused = str(error)
     for scan in scans:
@@ -335,17 +335,17 @@ def try_pairs(folder: Path, rng: np.random.Generator) -> Counter:
     cases = [{k: str(folder / f"{k}s" / n) for k in ("image", "label")} for n in names]
     with _listening():
         try:
-            used = usable_cases(cases, 3, skip=True, spacing=(1, 1, 1), limits={"voxels": 3e6})
+            used = usable_cases(cases, 3, skip=True, limits={"resampled_to": (1, 1, 1), "voxels": 3e6})
         except InputError:
             used = []
         good = [Path(c["image"]).name for c in used]
         if good:
             write_listing(folder, 3, good)
-            limits = {"spacing": [0.05, 15], "voxels": 3e6}
+            words = {"limits#voxels": 3e6}
             if rng.random() < 0.5:
-                train(folder, folder / "out", limits=limits)
+                train(folder, folder / "out", **words)
                 return Counter({"trained on": len(good), "not trained on": len(names) - len(good)})
-            evaluate("hippocampus_mri_morse", folder, folder / "out", patch_size=[24, 24, 24], limits=limits)
+            evaluate("hippocampus_mri_morse", folder, folder / "out", patch_size=[24, 24, 24], **words)
             for name in good:
                 _check_grid(folder / "images" / name, folder / "out" / "predictions" / name)
     return Counter({"evaluated": len(good), "not evaluated": len(names) - len(good)})

@@ -6,10 +6,12 @@ from .dicom import dicom_scans
 from .dicom_seg import SaveDicomSegd
 from .files import AtomicNibabelWriter, atomic_write, check_writable, scan_name, scans_in
 from .grids import MatchGridd, ToScanGridd
+from .orientation import ThroughPlaneLastd
 from .scans import ScanReader, read_scan
 
 __all__ = [
     "MatchGridd",
+    "ThroughPlaneLastd",
     "ToScanGridd",
     "AtomicNibabelWriter",
     "SaveDicomSegd",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from monai.transforms import NormalizeIntensity
 from tqdm import tqdm
 
+from monai_morse.config import check_choice, parse_bool
 from monai_morse.errors import InputError
 
 from .grids import Limits, grid_misfit
@@ -74,33 +76,24 @@ def no_hounsfield(voxels: np.ndarray) -> str | None:
     return f"values from {voxels.min():.3g} to {voxels.max():.3g}, {percent}"
 
 
-def find_problem(
-    case: Mapping[str, str],
-    num_classes: int,
-    in_channels: int = 1,
-    spacing: Sequence[float] | None = None,
-    limits: Limits | None = None,
-    hounsfield: bool = False,
-) -> str | None:
+def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1, limits: Limits | None = None) -> str | None:
     """What makes a case unusable, naming the file and the remedy; None if nothing does.
 
     Args:
         case: paths by ``"image"`` and, optionally, ``"label"``.
         num_classes: labels must be integers in [0, num_classes - 1].
         in_channels: 1 wants a 3D image; more want a 4D image with that many along its last axis.
-        spacing: voxel size in mm that scans are resampled to; default: they are not.
         limits: what a plausible scan is; default ``Limits()``.
-        hounsfield: log a warning where an image has no values in HU; default False.
     """
     limits = limits or Limits()
     path = case["image"]
     try:
         image = read_scan(path, limits)
         voxels = np.asanyarray(image.dataobj)
-        fault = limits.fault(image.shape[:3], image.affine, spacing) or voxel_fault(voxels, in_channels)
+        fault = voxel_fault(voxels, in_channels)
         if fault:
             return f"{path}: {fault}"
-        lacking = no_hounsfield(voxels) if hounsfield else None
+        lacking = no_hounsfield(voxels) if parse_bool(limits.hounsfield, "hounsfield") else None
         if lacking:
             logger.warning("%s: these are not Hounsfield units: %s; organs will be missed", path, lacking)
         if "label" not in case:
@@ -129,28 +122,32 @@ def usable_cases(
     num_classes: int,
     in_channels: int = 1,
     skip: bool = False,
-    spacing: Sequence[float] | None = None,
     limits: Mapping[str, Any] | None = None,
-    hounsfield: bool = False,
+    check: bool | str = True,
 ) -> list[dict[str, str]]:
     """The cases whose files can be used, every file read and checked once.
 
     Args:
         cases: paths by ``"image"`` and ``"label"``.
-        num_classes, in_channels, spacing, hounsfield: see :func:`find_problem`.
+        num_classes, in_channels: see :func:`find_problem`.
         skip: leave unusable cases out, with a logged error each, for cohorts at inference; default False: one unusable case
             is an error, for training.
         limits: arguments of :class:`monai_morse.data.grids.Limits`.
+        check: false takes all cases as they are; default True.
 
     Raises:
         InputError: with up to ten problems; or, when skipping, if no case is left.
     """
+    if not parse_bool(check, "check_data"):
+        return [dict(case) for case in cases]
     good: list[dict[str, str]] = []
     problems: list[str] = []
+    for name in limits or {}:
+        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
     bounds = Limits(**(limits or {}))
     for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
         try:
-            problem = find_problem(case, num_classes, in_channels, spacing, bounds, hounsfield)
+            problem = find_problem(case, num_classes, in_channels, bounds)
         except Exception as error:  # whatever else one file does, the others are usable
             found = f"{type(error).__name__}: {error}"
             problem = f"{case.get('image', case)}: cannot be checked ({found}); one readable file a case is needed"

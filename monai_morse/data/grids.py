@@ -29,31 +29,30 @@ class Limits:
     Args:
         spacing: smallest and largest voxel size in mm; default (0.05, 15).
         voxels: most voxels, as stored and as resampled; default 2 ** 28, four CTs of 512 x 512 x 256.
+        resampled_to: voxel size in mm that scans are resampled to; default: they are not.
+        hounsfield: whether its values are to be in HU, else a warning is logged; default False.
 
     >>> Limits().fault((512, 512, 200), np.diag([781.0, 781.0, 5000.0, 1.0]))
     'its voxels measure 781 x 781 x 5000 mm, plausible are 0.05 to 15; write its affine in mm, or set --limits#spacing'
-    >>> Limits().fault((512, 512, 200), np.diag([0.8, 0.8, 5.0, 1.0]), spacing=(1.0, 1.0, 2.0))
+    >>> Limits(resampled_to=(1.0, 1.0, 2.0)).fault((512, 512, 200), np.diag([0.8, 0.8, 5.0, 1.0]))
     """
 
     spacing: Sequence[float] = (0.05, 15.0)
-    voxels: int = 2**28
+    voxels: float = 2**28
+    resampled_to: Sequence[float] | None = None
+    hounsfield: bool | str = False
 
-    def fault(self, shape: Sequence[int], affine: np.ndarray, spacing: Sequence[float] | None = None) -> str | None:
-        """Why a grid is beyond the limits; None where it is not.
-
-        Args:
-            shape: (X, Y, Z). affine: of the grid.
-            spacing: voxel size in mm that it is to be resampled to; default: it is not.
-        """
+    def fault(self, shape: Sequence[int], affine: np.ndarray) -> str | None:
+        """Why a scan's grid (X, Y, Z) is beyond the limits; None where it is not."""
         size = voxel_size(affine)
         if size.min() < self.spacing[0] or size.max() > self.spacing[1]:
             return (
                 f"its voxels measure {_times(size)} mm, plausible are {self.spacing[0]:g} to {self.spacing[1]:g}; write its "
                 "affine in mm, or set --limits#spacing"
             )
-        grids = {"it has": np.array(shape, float)}
-        if spacing is not None:
-            grids[f"resampled to {_times(spacing)} mm it has"] = np.ceil(shape * size / spacing)
+        grids = {"it has": np.array(shape[:3], float)}
+        if self.resampled_to is not None:
+            grids[f"resampled to {_times(self.resampled_to)} mm it has"] = np.ceil(shape[:3] * size / self.resampled_to)
         for what, count in grids.items():
             if np.prod(count) > self.voxels:
                 return f"{what} {_times(count)} voxels, more than {self.voxels:.3g}; crop it, or set --limits#voxels"

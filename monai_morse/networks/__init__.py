@@ -8,6 +8,7 @@ from .backbones import decoder_names, register_backbone
 from .decoders import DecoderFeatures, FeatureInfo
 from .experts import Mixture
 from .morse import Morse, MorseOutput
+from .plans import plan_unet, planned_dynunet, seen_by_backbone
 from .points import PointSelection
 from .renderers import AnatomicalHead, FourierEncoding, ImplicitPointRendHead, PointRendHead
 from .transunet import TransUNet
@@ -29,5 +30,8 @@ __all__ = [
     "UNet3D",
     "check_window",
     "decoder_names",
+    "plan_unet",
+    "planned_dynunet",
     "register_backbone",
+    "seen_by_backbone",
 ]

@@ -193,13 +193,13 @@ def _traced_forward(root: _Root, names: Sequence[str]) -> Any:
     except Exception as error:
         raise InputError(
             f"the forward of {kind} cannot be traced ({error}); name submodules that are called directly by its forward, or "
-            "give decoder=a function (backbone, x) -> (logits, [features])"
+            "use DecoderFeatures(network, a function (backbone, x) -> (logits, [features]))"
         ) from error
 
     if any(str(n.target).startswith("_tensor_constant") for n in graph.nodes):
         raise InputError(
-            f"the forward of {kind} makes tensors of its own, which tracing would freeze; move that into a submodule, or give "
-            "decoder=a function (backbone, x) -> (logits, [features])"
+            f"the forward of {kind} makes tensors of its own, which tracing would freeze; move that into a submodule, or use "
+            "DecoderFeatures(network, a function (backbone, x) -> (logits, [features]))"
         )
     unused = [name for name, tap in zip(names, taps) if tap not in tracer.returned]
     if unused:

@@ -144,7 +144,7 @@ class Morse(nn.Module):
         self.frozen = False
 
         used = experts != "none" or renderer != "none"
-        self.decoder = _decoder(backbone, options.num_experts if used else 0)
+        self.decoder = _with_features(backbone, options.num_experts) if used else DecoderFeatures(_network(backbone), ())
         channels = [f.channels for f in self.decoder.info]
         read = sum(channels) if self.read_features else 0
         self.mixture: Mixture | None = None
@@ -274,7 +274,7 @@ class Morse(nn.Module):
             gate_logits = self.mixture.gate_logits(features, counts, size)
             if self.classifier is not None:
                 logits = self._classify(features, counts, gate_logits, size)
-        if logits.ndim == x.ndim and max(self.stride) > 1:  # not a stack of deep supervision, which the loss knows
+        if max(self.stride) > 1 and logits.ndim == x.ndim:  # not a stack of deep supervision, which the loss knows
             logits = resize(logits, list(x.shape[2:]))
         return _Maps(x, logits, features, counts, gate_logits)
 
@@ -330,11 +330,13 @@ def _num_features(backbone: nn.Module) -> int:
     return len(backbone.info) if isinstance(backbone, DecoderFeatures) else 3
 
 
-def _decoder(backbone: nn.Module, number: int) -> DecoderFeatures:
-    """The backbone with its ``number`` finest decoder features beside its logits; with none, as it is."""
-    network = backbone.backbone if isinstance(backbone, DecoderFeatures) else backbone
-    if number == 0:
-        return DecoderFeatures(network, ())
+def _network(backbone: nn.Module) -> nn.Module:
+    return backbone.backbone if isinstance(backbone, DecoderFeatures) else backbone
+
+
+def _with_features(backbone: nn.Module, number: int) -> DecoderFeatures:
+    """The backbone with its ``number`` finest decoder features beside its logits."""
+    network = _network(backbone)
     names = backbone.names if isinstance(backbone, DecoderFeatures) else decoder_names(backbone)
     if isinstance(backbone, DecoderFeatures) and callable(names):
         if number != len(backbone.info):

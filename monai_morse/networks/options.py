@@ -132,7 +132,7 @@ def _group(name: str, preset: str, given: Any, spatial_dims: int) -> dict[str, A
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{name}: unknown option {key!r}, must be one of {', '.join(known)}{hint}")
-        if value is None:
+        if value is None or value == "null":  # the latter is what a command line makes of a config's null
             continue
         kind, full_name = known[key], f"{name}: {key}"
         if isinstance(kind, tuple):
@@ -183,6 +183,8 @@ def resolve_options(
         if (mixture or {}).get("coarse") == "backbone":
             raise InputError("experts without a renderer need coarse='experts': nothing else would use them")
         groups["mixture"]["coarse"] = "experts"
+    if preset == "paper" and renderer == "implicit_pointrend" and (points or {}).get("importance_ratio") is None:
+        groups["points"]["importance_ratio"] = 0.0  # its source draws all training points uniformly
     if groups["head"]["image_patch"] is None:
         # the coarser the backbone sees the image, the more there is to read, see docs/results.md
         groups["head"]["image_patch"] = [3 if s == 1 else 7 if spatial_dims == 2 else 5 for s in strides]

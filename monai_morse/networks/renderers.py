@@ -101,7 +101,7 @@ class PointRendHead(nn.Module):
         in_channels, num_classes: as for :class:`AnatomicalHead`.
         spatial_dims, context_channels, num_frequencies: not used; PointRend knows no coordinates.
         width: hidden channels, default 256.
-        residual: as for :class:`AnatomicalHead`; ``False`` is the original.
+        residual: as for :class:`AnatomicalHead`; ``False`` is the original, whose last layer starts with a deviation of 0.001.
 
     Source: Kirillov et al., PointRend: Image Segmentation as Rendering, CVPR 2020.
 
@@ -127,6 +127,8 @@ class PointRendHead(nn.Module):
         inputs = [in_channels, width, width]
         self.hidden = nn.ModuleList([PointwiseMLP(c + num_classes, [width]) for c in inputs])
         self.predictor = PointwiseMLP(width + num_classes, [num_classes], last_activation=False, last_zero=residual)
+        if not residual:
+            nn.init.normal_(next(self.predictor.parameters()), std=1e-3)
 
     def forward(self, features: Tensor, coordinates: Tensor, coarse: Tensor, context: Tensor) -> Tensor:
         logits = coarse.to(features.dtype)
@@ -137,7 +139,7 @@ class PointRendHead(nn.Module):
 
 
 class ImplicitPointRendHead(nn.Module):
-    """Implicit PointRend: the weights of a 3-layer point MLP are generated for each image, from what is seen in all of it.
+    """Implicit PointRend: the weights of a 4-layer point MLP are generated for each image, from what is seen in all of it.
 
     The generated MLP takes the encoded coordinates and the feature of each point. The generator, an MLP on ``context``, starts
     with the same He-initialised weights for every image.
@@ -150,6 +152,7 @@ class ImplicitPointRendHead(nn.Module):
         residual: as for :class:`AnatomicalHead`; ``False`` is the original.
 
     Source: Cheng et al., Pointly-Supervised Instance Segmentation, CVPR 2022; there an object's parameters, here a window's.
+    What else differs from their code, docs/paper.md says.
 
     >>> head = ImplicitPointRendHead(16, num_classes=3, spatial_dims=3, context_channels=5, width=8, num_frequencies=4)
     >>> head(torch.rand(2, 16, 10), torch.rand(2, 10, 3), torch.rand(2, 3, 10), torch.rand(2, 5)).shape
@@ -174,7 +177,7 @@ class ImplicitPointRendHead(nn.Module):
         self.residual = residual
         self.encoding = FourierEncoding(spatial_dims, num_frequencies)
         self.encoding.frequencies.requires_grad_(False)
-        self.widths: List[int] = [2 * num_frequencies + in_channels, width, width, num_classes]
+        self.widths: List[int] = [2 * num_frequencies + in_channels, width, width, width, num_classes]
         start = PointwiseMLP(self.widths[0], self.widths[1:], last_activation=False, last_zero=residual)
         weights = torch.cat([p.detach().flatten() for p in start.parameters()])
         self.hidden = PointwiseMLP(context_channels, [width, width])
