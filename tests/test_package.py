@@ -68,7 +68,7 @@ def test_import_needs_no_wing_and_none_of_the_libraries_that_only_some_commands_
 
 # from the foundation up: a room imports those before it, files within one as they like, but in no circle
 ROOMS = (
-    "errors config networks losses weights engines inferers data metrics visualize handlers paper "
+    "errors config networks losses weights engines inferers data cohort metrics visualize handlers paper "
     "prepare experiments wrap __main__"
 ).split()
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "monai_morse").rglob("*.py"))}
@@ -123,7 +123,8 @@ def test_oldest_and_newest_versions_are_of_the_same_packages_and_setup_cfg_asks_
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     needed = dict(line.split(" >= ") for line in config["options"]["install_requires"].split("\n") if line)
-    assert needed == {name: oldest[name] for name in needed}
+    label = {"pydicom": "2.4.4"}  # MONAI Label needs pydicom < 3; the tests write DICOM with what pydicom 3 has
+    assert needed == {name: oldest[name] for name in needed} | label
 
 
 def test_versions_agree():
