@@ -10,6 +10,6 @@ from .losses import MorseLoss
 from .networks import Morse
 from .weights import load_matching
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["InputError", "Morse", "MorseLoss", "load_matching", "lookup", "parse_bool", "short_errors"]

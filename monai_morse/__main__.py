@@ -1,17 +1,25 @@
-"""``python -m monai_morse``: phantoms, data prepared, bundles wrapped, sweeps and their tables."""
+"""``monai-morse`` or ``python -m monai_morse``: phantoms, data prepared, bundles wrapped, sweeps and their tables."""
 
 from __future__ import annotations
 
 import argparse
+import platform
 import sys
 from pathlib import Path
 
+import monai
+import torch
+
+from monai_morse import __version__
 from monai_morse.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m monai_morse", description=__doc__)
+    parser = argparse.ArgumentParser(prog="monai-morse", description=__doc__)
+    versions = f"monai_morse {__version__}, MONAI {monai.__version__}, torch {torch.__version__}"
+    versions += f", Python {platform.python_version()}"
+    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
@@ -68,11 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
 
     report = commands.add_parser("report", help="the paper's tables from the runs of a sweep", formatter_class=formatter)
-    report.add_argument("runs", type=Path, help="folder with runs at any depth")
-    report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS")
+    report.add_argument("runs", type=Path, help="folder with runs at any depth, or a table of them, NAME.csv.gz")
+    report.add_argument("--out", type=Path, help="folder for report.md, .csv, .tex and .png; default: RUNS, of a table NAME")
     report.add_argument("--metric", default="paper", choices=["paper", "monai"], help="whose definition of the figures")
     against = "what differences are to: Baseline, IAR or another of the paper's systems, or a row by its name in the table"
     report.add_argument("--against", default="Baseline", help=against)
+    report.add_argument(
+        "--save", type=Path, metavar="NAME.csv.gz", help="make one table of the runs, to keep and to read again"
+    )
 
     args = parser.parse_args(arguments)
     try:
@@ -110,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from monai_morse.experiments.report import report as make_report
 
-            print(make_report(args.runs, args.out, args.metric, args.against))
+            print(make_report(args.runs, args.out, args.metric, args.against, args.save))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

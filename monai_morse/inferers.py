@@ -1,7 +1,4 @@
-"""Inferers around MONAI's: half precision, the place in the whole scan, finer grids.
-
-They wrap one another: ``AutocastInferer(FineGridInferer(CoordinatesInferer(SlidingWindowInferer(..))))``.
-"""
+"""Inferers around MONAI's: half precision, the place in the whole scan, finer grids; :class:`MorseInferer` has them all."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any, List
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer, SlidingWindowInferer
+from monai.inferers import Inferer, SimpleInferer, SliceInferer, SlidingWindowInferer
 from monai.utils import fall_back_tuple
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +19,41 @@ from monai_morse.config import check_choice, parse_bool
 from monai_morse.engines import COORDINATES, window_to_scan
 from monai_morse.errors import InputError
 
-__all__ = ["AutocastInferer", "CoordinatesInferer", "FineGridInferer"]
+__all__ = ["AutocastInferer", "CoordinatesInferer", "FineGridInferer", "MorseInferer"]
+
+
+class MorseInferer(Inferer):
+    """One of MONAI's inferers for a network of this package: the three others of this module around it, each by one word.
+
+    Args:
+        inferer: e.g. a ``SlidingWindowInferer``; default ``SimpleInferer()``, all of the image at once.
+        coordinates: ``"window"`` (default) or ``"volume"``, as trained: :class:`CoordinatesInferer`.
+        scale: how many times finer the grid of the logits is; default 1, the image's own: :class:`FineGridInferer`.
+        amp: whether to run in bfloat16; default False: :class:`AutocastInferer`.
+
+    Raises:
+        InputError: for an unknown word, or ``"volume"`` without windows of volumes.
+
+    >>> inferer = MorseInferer(SlidingWindowInferer((8, 8, 8), overlap=0.5), amp=True)
+    >>> inferer(torch.rand(1, 1, 12, 10, 8), torch.nn.Conv3d(1, 2, 1)).shape
+    torch.Size([1, 2, 12, 10, 8])
+    """
+
+    def __init__(
+        self,
+        inferer: Inferer | None = None,
+        coordinates: str = "window",
+        scale: int | Sequence[int] = 1,
+        amp: bool | str = False,
+    ) -> None:
+        super().__init__()
+        check_choice("coordinates", coordinates, COORDINATES)
+        inferer = inferer or SimpleInferer()
+        placed = CoordinatesInferer(inferer, coordinates) if coordinates == "volume" else inferer
+        self.inferer = AutocastInferer(FineGridInferer(placed, scale), amp)
+
+    def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.inferer(inputs, network, *args, **kwargs)
 
 
 class CoordinatesInferer(Inferer):
@@ -33,7 +64,7 @@ class CoordinatesInferer(Inferer):
         coordinates: ``"window"`` (default) changes nothing; for ``"volume"`` see :func:`window_to_scan`.
 
     Raises:
-        InputError: for another word, or an inferer without windows.
+        InputError: for another word, an inferer without windows, or ``"volume"`` with one of slices.
     """
 
     def __init__(self, inferer: Inferer, coordinates: str = "window") -> None:
@@ -41,6 +72,8 @@ class CoordinatesInferer(Inferer):
         check_choice("coordinates", coordinates, COORDINATES)
         if not isinstance(inferer, SlidingWindowInferer):
             raise InputError(f"CoordinatesInferer wraps a SlidingWindowInferer, got a {type(inferer).__name__}")
+        if coordinates == "volume" and isinstance(inferer, SliceInferer):
+            raise InputError("a slice does not know its place in the volume; use coordinates='window'")
         self.inferer = inferer
         self.coordinates = coordinates
         self.inferer.with_coord = coordinates == "volume"
@@ -74,7 +107,8 @@ class FineGridInferer(Inferer):
 
     Args:
         inferer: e.g. a ``SlidingWindowInferer``.
-        scale: how many times finer, an integer for all axes or one for each; 1 changes nothing.
+        scale: how many times finer, an integer for all axes that the network sees (of a ``SliceInferer`` two) or one for each
+            of the image's; 1 changes nothing.
     """
 
     def __init__(self, inferer: Inferer, scale: int | Sequence[int] = 2) -> None:
@@ -93,14 +127,13 @@ class FineGridInferer(Inferer):
         def finer(windows: Tensor, *args: Any, **kwargs: Any) -> Any:
             return network(windows, *args, grid=[n * s for n, s in zip(windows.shape[2:], scale)], **kwargs)
 
-        found = self.inferer(inputs, finer, *args, **kwargs)
-        for logits in found.values() if isinstance(found, dict) else [found]:
-            if isinstance(logits, MetaTensor):
-                step = torch.eye(logits.affine.shape[-1], dtype=logits.affine.dtype)
-                for axis, s in enumerate(scale):
-                    step[axis, axis], step[axis, -1] = 1 / s, (1 / s - 1) / 2
-                logits.affine = logits.affine @ step.to(logits.affine.device)
-        return found
+        logits = self.inferer(inputs, finer, *args, **kwargs)
+        if isinstance(logits, MetaTensor):
+            step = torch.eye(logits.affine.shape[-1], dtype=logits.affine.dtype)
+            for axis, (n, fine) in enumerate(zip(inputs.shape[2:], logits.shape[2:])):
+                step[axis, axis], step[axis, -1] = n / fine, (n / fine - 1) / 2
+            logits.affine = logits.affine @ step.to(logits.affine.device)
+        return logits
 
 
 class AutocastInferer(Inferer):

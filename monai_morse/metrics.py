@@ -1,4 +1,4 @@
-"""The paper's four figures, as its released evaluation computes them with medpy, and distances to a boundary.
+"""The paper's four figures, as its released evaluation computes them with medpy, and errors by distance to a boundary.
 
 The figures differ from MONAI's (:class:`monai_morse.handlers.CaseReport` has both) in three ways. Distances are in voxels. 95HD
 is the 95th percentile of both directions' surface distances *together*; MONAI's is the larger of the two directions'
@@ -7,7 +7,8 @@ percentiles. ASD is directed, the mean distance of the prediction's surface to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.spatial import KDTree
 
 from monai_morse.errors import InputError
 
-__all__ = ["PaperFigures", "boundary_distance", "paper_figures"]
+__all__ = ["PaperFigures", "boundary_distance", "boundary_errors", "paper_figures"]
 
 
 class PaperFigures(NamedTuple):
@@ -82,3 +83,30 @@ def boundary_distance(labels: np.ndarray, spacing: float | Sequence[float] = 1.0
         if not inside.all():
             found[inside] = distance_transform_edt(inside, spacing)[inside]
     return found
+
+
+def boundary_errors(
+    counts: Iterable[tuple[float, float, int, int, int]],
+) -> dict[tuple[float, float], tuple[float, float, float]]:
+    """Error rates by distance to the true boundary, all voxels alike.
+
+    Args:
+        counts: as :class:`monai_morse.handlers.BoundaryErrors` writes them: from, to (mm), voxels, wrong ones of the coarse
+            map, wrong ones of the rendered map; a bin of distances may come more than once, as of several cases.
+
+    Returns:
+        by bin, (from, to], without the empty ones: the share of all voxels, and the error rates of the coarse and of the
+        rendered map there, in %.
+
+    >>> boundary_errors([(0, 1, 100, 40, 30), (0, 1, 100, 20, 10), (1, np.inf, 600, 6, 3)])
+    {(0, 1): (25.0, 30.0, 20.0), (1, inf): (75.0, 1.0, 0.5)}
+    """
+    found: dict[tuple[float, float], np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for low, high, *numbers in counts:
+        found[low, high] += numbers
+    total = sum(c[0] for c in found.values())
+    return {
+        edges: (100 * float(n / total), 100 * float(coarse / n), 100 * float(rendered / n))
+        for edges, (n, coarse, rendered) in sorted(found.items())
+        if n
+    }

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from tools.cost import Operations, build, measure, parse, table
 from tools.gate import main as gate
 from tools.growth import slope
 from tools.literal import LiteralMorse
-from tools.overview import draw, lines_of
+from tools.overview import draw, markdown, percent, read_lines
 
 OPTIONS = {"small": True, "amp": False, "compiled": False, "channels_last": False, "over": []}
 
@@ -140,13 +141,19 @@ def test_a_bundles_network_is_built_as_it_trains_with_a_rows_options():
     assert "error" not in result and result["parameters"][0] > 1
 
 
-def test_the_overview_draws_every_row_of_the_pages_first_table(tmp_path):
+def test_the_overviews_table_is_the_pages_and_its_picture_has_every_line():
+    lines = read_lines()
     page = (ROOT / "docs" / "results.md").read_text()
-    lines = lines_of(page)
-    table = page[page.index("| seen at |") :].split("\n\n")[0].splitlines()[2:]
-    assert len(lines) == len(table) and all(low <= mean <= high for _, _, (mean, low, high), _, _ in lines)
-    assert all(
-        f"{line.interval[0]:+.2f} [{line.interval[1]:+.2f}, {line.interval[2]:+.2f}]" in row for line, row in zip(lines, table)
-    )
-    draw(lines, tmp_path / "overview.png")
-    assert (tmp_path / "overview.png").stat().st_size > 10_000
+    published = page[page.index("| seen at |") :].split("\n\n")[0].splitlines()
+    made = markdown(lines).splitlines()
+    assert len(published) == len(made)
+    for ours, theirs in zip(made[:1] + made[2:], published[:1] + published[2:]):
+        assert ours.split("|")[1:7] == theirs.split("|")[1:7]  # what a training step costs is not of these runs
+    dice, asd = draw(lines).axes
+    labels = [tick.get_text() for tick in dice.get_yticklabels()]
+    assert labels == [f"{line.setting}: {line.label}" for line in lines]
+    for y, line in enumerate(lines):
+        d = line.differences[0]
+        (interval,) = dice.containers[y].lines[2]
+        assert interval.get_segments()[0].tolist() == pytest.approx(np.array([[d.low, y], [d.high, y]]))
+        assert [percent(line.differences[3]), y] in [point for drawn in asd.lines for point in drawn.get_xydata().tolist()]

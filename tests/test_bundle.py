@@ -267,22 +267,6 @@ def test_required_properties_are_there(config, kind, msd):
     assert workflow.check_properties() == []
 
 
-def test_training_and_inference_build_the_same_network():
-    train, inference = (ConfigParser.load_config_file(CONFIGS / f"{n}.yaml") for n in ("train", "inference"))
-    evaluate = ConfigParser()
-    evaluate.read_config([str(CONFIGS / f"{n}.yaml") for n in ("train", "evaluate")])
-    assert train["network_def"] == inference["network_def"]
-    windows = inference["inferer"]["inferer"]["inferer"]["inferer"]
-    assert train["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
-    assert evaluate["validate"]["inferer"]["inferer"]["inferer"]["inferer"]["mode"] == windows["mode"]
-    assert evaluate["validate"]["inferer"]["inferer"]["scale"] == inference["inferer"]["inferer"]["scale"] == "@render_scale"
-    system = ("backbone", "backbones", "experts", "renderer", "num_experts", "width", "coarse", "coordinates", "stride")
-    # alpha matters in training alone
-    for name in (*system, "image_patch", "patch_norm", "in_channels", "spacing", "patch_size"):
-        assert train[name] == inference[name], name
-    assert inference["num_classes"] == len(train["class_names"]) + 1
-
-
 @pytest.mark.parametrize("over, patch", [([], [16, 32, 48]), (["slices"], [32, 48])])
 @pytest.mark.parametrize("backbone", ["dynunet", "segresnet", "unetr"])
 @pytest.mark.parametrize("stride", [1, 2])

@@ -14,7 +14,7 @@ from skimage.io import imread, imsave
 
 from monai_morse.__main__ import main
 from monai_morse.data import dicom_scans, msd_cases, read_scan, usable_cases
-from monai_morse.data.dicom import reoriented, series_files
+from monai_morse.data.dicom import reoriented, series_planes
 from monai_morse.errors import InputError
 from monai_morse.prepare import prepare_chaos
 
@@ -402,7 +402,7 @@ def test_patients_of_the_real_data_set_come_back_voxel_by_voxel(tmp_path):
 def test_masks_of_a_real_ct_are_its_livers_and_in_reverse_are_refused(tmp_path):
     data = real_data("abdomen_ct_dicom")
     (address,) = dicom_scans(data).values()
-    files, image = series_files(address), read_scan(address)
+    files, image = [plane.file for plane in series_planes(address)], read_scan(address)
     label = reoriented(nib.load(data / "totalseg_labels.nii.gz"), image)
     liver = np.asarray(label.dataobj) == 5
     for patient, masks in ((1, liver), (2, liver[..., ::-1])):

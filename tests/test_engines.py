@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SMALL, TINY
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
-from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 from monai.transforms import (
     Compose,
     CropForegroundd,
@@ -22,7 +22,7 @@ from monai.transforms import (
 from monai_morse import InputError, Morse, MorseLoss
 from monai_morse.data import ToScanGridd
 from monai_morse.engines import prepare_batch_with_points, window_to_scan
-from monai_morse.inferers import AutocastInferer, CoordinatesInferer, FineGridInferer
+from monai_morse.inferers import AutocastInferer, CoordinatesInferer, FineGridInferer, MorseInferer
 from monai_morse.networks import DecoderFeatures
 from monai_morse.networks import points as geometry
 
@@ -212,3 +212,38 @@ def test_bfloat16_gradients_are_those_of_float32_however_shallow_the_maps(depth,
         assert output.dtype == torch.float32
         (gradients[amp],) = torch.autograd.grad((output * direction).sum(), conv.weight)
     assert torch.linalg.norm(gradients[True] - gradients[False]) < 0.02 * torch.linalg.norm(gradients[False])
+
+
+def test_one_inferer_is_the_three_around_one_another(own_coordinates):
+    net = Morse(TINY["BasicUNet"](3, 3), **SMALL).eval()
+    x = batch(own_coordinates[0], SpatialPadd("image", (48, 48, 32)))[:, :1]
+    windows = {"roi_size": (32, 32, 32), "overlap": 0.25}
+    by_hand = CoordinatesInferer(SlidingWindowInferer(**windows), "volume")
+    by_hand = AutocastInferer(FineGridInferer(by_hand, 2), enabled=True)
+    with torch.no_grad():
+        found = MorseInferer(SlidingWindowInferer(**windows), "volume", scale=2, amp="true")(x, net)
+        expected = by_hand(x, net)
+        assert torch.equal(found, expected) and torch.equal(found.affine, expected.affine)
+        assert torch.equal(MorseInferer()(x, net), net(x))
+    with pytest.raises(InputError, match="coordinates must be one of .*'scan'"):
+        MorseInferer(coordinates="scan")
+    with pytest.raises(InputError, match="a slice does not know its place"):
+        MorseInferer(SliceInferer(2, roi_size=(8, 8)), "volume")
+
+
+@pytest.mark.parametrize("spatial_dim, scale", [(0, 2), (1, 2), (2, 2), (2, (3, 2, 1))])
+def test_slices_on_a_finer_grid_are_as_many_and_come_back_to_the_scans(own_coordinates, spatial_dim, scale):
+    path, values = own_coordinates
+    image = batch(path)
+
+    def network(windows, grid=None):
+        return torch.nn.functional.interpolate(windows, grid, mode="bilinear", align_corners=False)
+
+    inferer = SliceInferer(spatial_dim, roi_size=(16, 16), overlap=0.5, mode="gaussian")
+    found = MorseInferer(inferer, scale=scale)(image, network)
+    factors = [1 if axis == spatial_dim else 2 for axis in range(3)] if scale == 2 else scale
+    assert list(found.shape[2:]) == [n * f for n, f in zip(image.shape[2:], factors)]
+    back = ToScanGridd("pred")({"pred": decollate_batch(found)[0]})["pred"]
+    assert back.shape == values.shape and np.allclose(back.affine, nib.load(path).affine)
+    inner = (values.abs() < 0.7).all(0)
+    assert (back.as_tensor() - values).abs()[:, inner].max() < 0.01

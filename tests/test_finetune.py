@@ -103,5 +103,6 @@ def test_the_command_of_the_docs_trains_and_its_weights_segment(data, tmp_path):
     log = run(both, dataset_dir=data[1], ckpt_dir=tmp_path, **options)
     assert "models/model.pt: 125 of 129 entries loaded; 4 new (output_block, renderer)" in log
     scan = data[1] / "imagesTr/case_0.nii.gz"
-    run("configs/inference.yaml", weights=tmp_path / "model.pt", num_classes=2, dataset_dir=scan, output_dir=tmp_path / "out")
+    words = {"weights": tmp_path / "model.pt", "class_names": options["class_names"]}
+    run("configs/inference.yaml", dataset_dir=scan, output_dir=tmp_path / "out", **words)
     assert set(np.unique(nib.load(tmp_path / "out/case_0_seg.nii.gz").dataobj)) <= {0, 1}

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import gzip
 import itertools
 import json
 import re
@@ -15,8 +16,10 @@ from scipy.stats import wilcoxon
 
 from monai_morse import InputError
 from monai_morse.__main__ import main
-from monai_morse.experiments.diagnostics import read_curve, write_curve
-from monai_morse.experiments.report import paired_difference, read_runs, report, rows_of
+from monai_morse.experiments.figures import curves_figure, differences_figure
+from monai_morse.experiments.report import report
+from monai_morse.experiments.runs import read_runs, save_runs, write_curve
+from monai_morse.experiments.statistics import paired_difference, rows_of
 
 COLUMNS = ("dice", "jaccard", "hd95_mm", "asd_mm", "paper_dice", "paper_jaccard", "paper_hd95", "paper_asd")
 CLASSES = ("liver", "spleen")
@@ -118,12 +121,11 @@ def test_equal_runs_differ_by_nothing(tmp_path):
     assert cells(report(tmp_path))["+ MoE"]["of single runs"] == "-"
 
 
-def test_files_hold_the_tables_all_numbers_and_a_picture(sweep, tmp_path, capsys):
+def test_files_hold_the_tables_and_all_numbers(sweep, tmp_path, capsys):
     folder, _ = sweep
     assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
     out = tmp_path / "out"
     assert (out / "report.md").read_text() == capsys.readouterr().out
-    assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     latex = (out / "report.tex").read_text()
     rows = [line for line in latex.splitlines() if line.startswith(("Baseline", "+ MORSE"))]
     assert [r.count("&") for r in rows] == [11, 11, 4] and all(r.endswith(r"\\") and "±" not in r for r in rows)
@@ -133,6 +135,31 @@ def test_files_hold_the_tables_all_numbers_and_a_picture(sweep, tmp_path, capsys
     assert [(r["method"], r["figure"]) for r in lines[:2]] == [("Baseline", "DSC"), ("Baseline", "Jaccard")]
     assert len(lines) == 8 and lines[4]["pairs"] == "12" and float(lines[4]["low"]) < float(lines[4]["difference"])
     assert float(lines[4]["lowest_run"]) < float(lines[4]["difference"]) < float(lines[4]["highest_run"])
+
+
+def test_the_picture_has_every_difference_with_its_interval_and_those_of_single_runs(sweep):
+    folder, _ = sweep
+    write_run(folder / "iar", np.random.default_rng(2), 0.05, renderer="anatomical", fold=1, seed=0)
+    rows, _ = rows_of(read_runs(folder)[0])
+    figure = differences_figure({"toy": rows, "bare alone": rows[:1]}, "Baseline")
+    shown = [row for row in reversed(rows) if row.name != "Baseline"]
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [row.name for row in shown]
+    for axis, i in zip(figure.axes, (0, 2), strict=True):
+        for y, row in enumerate(shown):
+            d = row.difference(i)
+            dots, mean = ([x for line in axis.lines if line.get_marker() == m for x in drawn(line, y)] for m in (".", "o"))
+            assert sorted(dots) == sorted(d.runs) and mean == [d.mean]
+            (interval,) = axis.containers[y].lines[2]
+            assert interval.get_segments()[0].tolist() == pytest.approx(np.array([[d.low, y], [d.high, y]]))
+    report(folder)
+    assert (folder / "report.png").is_file()
+    assert differences_figure({"bare alone": rows[:1]}, "Baseline") is None
+    report(folder, against="SMoE")  # of which there is no run
+    assert not (folder / "report.png").exists()
+
+
+def drawn(line, y):
+    return line.get_xdata().tolist() if set(line.get_ydata()) == {y} else []
 
 
 @pytest.mark.parametrize("against", ["Baseline", "MORSE"])
@@ -280,12 +307,35 @@ def test_what_the_renderer_alone_reads_is_no_other_baseline(tmp_path):
     assert wide.baseline == rows["Baseline"].runs and wide.difference(0).cases == 6
 
 
-def test_a_setting_of_the_network_is_the_same_by_its_bundles_word_or_by_its_place(tmp_path):
+PLACES = {
+    "width": ("network_def#mixture#width",),
+    "coarse": ("network_def#coarse", "network_def#mixture#coarse"),
+    "image_patch": ("network_def#image_patch", "network_def#head#image_patch"),
+    "patch_norm": ("network_def#patch_norm", "network_def#head#patch_norm"),
+    "read_features": ("network_def#read_features", "network_def#head#read_features"),
+}
+
+
+@pytest.mark.parametrize("word, places", PLACES.items())
+def test_a_setting_of_the_network_is_the_same_by_its_bundles_word_and_by_its_place_of_then_and_now(word, places, tmp_path):
     rng = np.random.default_rng(0)
-    for i, name in enumerate(("patch_norm", "network_def#patch_norm")):
-        write_run(tmp_path / name.replace("#", "."), rng, renderer="anatomical", seed=i, **{name: True})
-    write_run(tmp_path / "as it is", rng, renderer="anatomical", patch_norm=False)
-    assert {r.name: len(r.runs) for r in rows_of(read_runs(tmp_path)[0])[0]} == {"+ IAR": 2, "+ IAR, patch_norm False": 1}
+    morse = {"experts": "stochastic", "renderer": "anatomical"}
+    for i, name in enumerate((word, *places)):
+        write_run(tmp_path / f"m{i}", rng, seed=i, **{name: 1}, **morse)
+        write_run(tmp_path / f"b{i}", rng, seed=i, **{name: i})  # nothing to a bare network
+    write_run(tmp_path / "other", rng, **{word: 2}, **morse)
+    rows = {row.name: row for row in rows_of(read_runs(tmp_path)[0])[0]}
+    count = 1 + len(places)
+    assert {name: len(row.runs) for name, row in rows.items()} == {"Baseline": count, "+ MORSE": count, f"+ MORSE, {word} 2": 1}
+    assert all(row.difference(0) is not None for name, row in rows.items() if name != "Baseline")
+
+
+def test_what_is_said_to_the_network_itself_counts_and_not_the_bundles_word(tmp_path):
+    rng = np.random.default_rng(0)
+    first = {"network_def#head#patch_norm": True, "patch_norm": False}
+    for i, words in enumerate((first, dict(reversed(first.items())))):
+        write_run(tmp_path / f"m{i}", rng, renderer="anatomical", seed=i, **words)
+    assert all(run.settings["patch_norm"] is True for run in read_runs(tmp_path)[0])
 
 
 def test_what_experts_or_renderers_alone_depend_on_tells_others_not_apart(tmp_path):
@@ -294,12 +344,13 @@ def test_what_experts_or_renderers_alone_depend_on_tells_others_not_apart(tmp_pa
     for seed, (name, system) in itertools.product((0, 1), systems.items()):
         words = dict(zip(("experts", "renderer"), system), seed=seed, num_experts=3 - seed)
         words |= {"network_def#mixture#gate_stride": 4 >> seed, "network_def#head#width": 64 << seed}
+        words |= {"network_def#points": {"num_eval": 9 >> seed}}
         write_run(tmp_path / f"{name}{seed}", rng, **words)
     names = {row.name for row in rows_of(read_runs(tmp_path)[0])[0]}
     assert names == {
         "Baseline",
         *(f"+ MoE, num_experts {n}, gate_stride {g}" for n, g in ((3, 4), (2, 2))),
-        *(f"+ IAR, num_experts {n}, width {w}" for n, w in ((3, 64), (2, 128))),
+        *(f"+ IAR, num_experts {n}, width {w}, points {{'num_eval': {e}}}" for n, w, e in ((3, 64, 9), (2, 128, 4))),
     }
 
 
@@ -352,9 +403,119 @@ def test_a_curve_is_read_from_the_trainings_events_and_drawn(sweep):
         "0.120000",
     ]
     assert [float(r["train_loss"]) for r in rows] == pytest.approx(losses.reshape(3, 4).mean(1).tolist(), abs=1e-6)
-    assert read_curve(folder / "b00") == [(8, 0.08), (12, 0.12)] and read_curve(folder / "b01") == []
+    runs = {run.name: run for run in read_runs(folder)[0]}
+    assert runs["b00"].curve == [(8, 0.08), (12, 0.12)] and runs["b01"].curve == []
     report(folder)
-    assert (folder / "report_curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "report_curves.png").is_file()
+
+
+def test_curves_are_drawn_by_run_and_their_mean_where_all_were_validated(sweep):
+    folder, _ = sweep
+    for name, curve in (("b00", [(4, 0.1), (8, 0.5), (12, 0.7)]), ("b01", [(4, 0.3), (6, 0.6), (12, 0.8)]), ("b10", [(4, 1)])):
+        with open(folder / name / "curve.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("iteration", "train_loss", "val_mean_dice"), *((i, 1, d) for i, d in curve)])
+    rows, _ = rows_of(read_runs(folder)[0])
+    (axis,) = curves_figure({"toy": rows, "none": rows[1:]}).axes
+    assert [line.get_xydata().tolist() for line in axis.lines] == [
+        [[4, 0.1], [8, 0.5], [12, 0.7]],
+        [[4, 0.3], [6, 0.6], [12, 0.8]],
+        [[4, pytest.approx(0.2)], [12, 0.75]],  # one point, as b10's, is no curve
+    ]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["Baseline"]
+    assert curves_figure({"none": rows[1:]}) is None
+
+
+SETTINGS = {"none": None, "text": "a b", "a_number": 0.5, "its_text": "0.5", "a_word": "true", "true": True, "empty": ""}
+SETTINGS |= {
+    "quoted": 'say "no", then\ngo',
+    "a_list": [1, [2, "x"]],
+    "a_group": {"width": 8},
+    "small": 1e-05,
+    "no_text": "null",
+}
+
+
+@pytest.fixture
+def mixed(sweep):
+    """Runs with settings of all kinds in unlike orders, at two depths; one failed, one has a curve, one boundary errors."""
+    folder, _ = sweep
+    rng = np.random.default_rng(1)
+    write_run(folder / "deep" / "all", rng, **SETTINGS)
+    write_run(folder / "deep" / "back", rng, blank=True, seed=1, **dict(reversed(SETTINGS.items())), other=1)
+    write_run(folder / "broken", rng, status="failed", experts="dense")
+    (folder / "b00" / "curve.csv").write_text("iteration,train_loss,val_mean_dice\n4,0.7,\n8,0.5,0.6\n12,0.4,0.7\n")
+    counts = "case,from_mm,to_mm,voxels,coarse_wrong,rendered_wrong\nc,0,1,100,40,30\nc,1,inf,900,9,9\n"
+    (folder / "m00" / "boundary.csv").write_text(counts)
+    return folder
+
+
+@pytest.mark.parametrize("metric", ["paper", "monai"])
+def test_a_table_of_runs_reads_and_reports_as_the_runs_themselves(metric, mixed, tmp_path, capsys):
+    table, again = tmp_path / "results" / "toy.csv.gz", tmp_path / "again.csv.gz"
+    words = ["--metric", metric, "--out"]
+    assert main(["report", str(mixed), *words, str(tmp_path / "a"), "--save", str(table)]) == 0
+    assert main(["report", str(table), *words, str(tmp_path / "b"), "--save", str(again)]) == 0
+    told = capsys.readouterr().out
+    assert "- broken: failed" in told and told[: len(told) // 2] == told[len(told) // 2 :]
+    runs, others = read_runs(table, metric)
+    for ours, theirs in zip(runs, read_runs(mixed, metric)[0], strict=True):
+        assert repr(ours).replace("nan", "-") == repr(theirs).replace("nan", "-")  # nothing equals nan
+    assert others == ["broken: failed"]
+    for run in runs:
+        if run.name.startswith("deep"):
+            assert {name: run.settings[name] for name in SETTINGS} == SETTINGS
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    names = {"toy.csv.gz", "toy.curves.csv.gz", "toy.boundary.csv.gz"}
+    assert {file.name for file in table.parent.iterdir()} == names
+    for name in names:
+        assert (table.parent / name).read_bytes() == (tmp_path / name.replace("toy", "again")).read_bytes()
+
+
+def test_a_table_has_a_row_a_run_case_and_class_with_settings_and_figures(sweep, tmp_path):
+    folder, values = sweep
+    save_runs(folder, tmp_path / "toy.csv.gz")
+    with gzip.open(tmp_path / "toy.csv.gz", "rt") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 * 6 * 2
+    for row in rows:
+        system = "morse" if row["settings.experts"] == "stochastic" else "none"
+        found = values[system, int(row["settings.fold"]), int(row["settings.seed"])][row["case"], row["class"]]
+        assert {name: float(row[name]) for name in COLUMNS} == found and json.loads(row["record"])["bundle"] == "toy"
+    assert not (tmp_path / "toy.curves.csv.gz").exists()
+
+
+def test_a_report_of_a_table_lies_beside_it(sweep, tmp_path):
+    folder, _ = sweep
+    save_runs(folder, tmp_path / "toy.csv.gz")
+    report(tmp_path / "toy.csv.gz")
+    assert (tmp_path / "toy" / "report.md").is_file()
+
+
+def test_a_table_that_cannot_be_written_or_read_is_told(sweep, tmp_path):
+    folder, _ = sweep
+    table = tmp_path / "toy.csv.gz"
+    with pytest.raises(InputError, match="no table .*toy.csv.gz; make it of a folder of runs: report RUNS --save"):
+        read_runs(table)
+    with pytest.raises(InputError, match="named NAME.csv.gz, got .*toy.csv"):
+        save_runs(folder, tmp_path / "toy.csv")
+    save_runs(folder, table)
+    whole = table.read_bytes()
+    for broken in (b"", whole[:2000], b"case,class\n", whole[:40] + b"0" + whole[41:]):
+        table.write_bytes(broken)
+        with pytest.raises(InputError, match=r"toy.csv.gz (cannot be read|has no rows)"):
+            read_runs(table)
+    (folder / "b00" / "curve.csv").write_text("iteration,train_loss,val_mean_dice\n4,0.7,0.5\n")
+    save_runs(folder, table)
+    with pytest.raises(InputError, match="toy.curves.csv.gz has no rows with case, class, record, run"):
+        read_runs(tmp_path / "toy.curves.csv.gz")
+    (folder / "b00" / "metrics.csv").write_text("case,class,dice\na,liver,0.5\n")
+    before = table.read_bytes()
+    with pytest.raises(
+        InputError, match="metrics.csv of .*b01/metrics.csv has not the columns of the first run's, case, class, dice"
+    ):
+        save_runs(folder, table)
+    assert table.read_bytes() == before
 
 
 def test_bad_input_is_told(tmp_path, sweep):
@@ -365,42 +526,65 @@ def test_bad_input_is_told(tmp_path, sweep):
     (tmp_path / "b00" / "metrics.csv").write_text("case,class,dice\na,liver,0.5\n")
     with pytest.raises(InputError, match="b00/metrics.csv has no columns paper_dice"):
         report(tmp_path)
+    (tmp_path / "b00" / "metrics.csv").write_text(f"case,class,{','.join(COLUMNS)}\na,liver{8 * ',good'}\n")
+    with pytest.raises(InputError, match="b00/metrics.csv, or a file beside it, holds no figures of a run .*'good'"):
+        report(tmp_path)
     (tmp_path / "b00" / "run.json").write_text("{")
     with pytest.raises(InputError, match="b00/run.json cannot be read"):
         report(tmp_path)
 
 
-PAGES = [ROOT / "docs" / "results", ROOT / "docs" / "results_before"]  # .md, and a folder of runs
-PUBLISHED = sorted(runs for page in PAGES for runs in page.iterdir() if runs.is_dir())
+PUBLISHED = sorted(path for path in (ROOT / "results").glob("*.csv.gz") if path.name.count(".") == 2)
+PAGE = (ROOT / "docs" / "results.md").read_text()
+
+
+@functools.cache
+def systems(table):
+    return {run.system for run in read_runs(table)[0]}
 
 
 @pytest.fixture(scope="module")
 def published_report(tmp_path_factory):
-    """The report of published runs, each made once; ablations have no baseline and are compared with MORSE."""
+    """The report of a published table, each made once; ablations have no baseline and are compared with MORSE."""
 
     @functools.cache
-    def made(runs, against=None):
-        has_baseline = any("experts-none_renderer-none" in run.name for run in runs.iterdir())
-        return report(runs, tmp_path_factory.mktemp("report"), against=against or ("Baseline" if has_baseline else "MORSE"))
+    def made(table, against=None):
+        against = against or ("Baseline" if ("none", "none") in systems(table) else "MORSE")
+        return report(table, tmp_path_factory.mktemp("report"), against=against)
 
     return made
 
 
-@pytest.mark.parametrize("runs", PUBLISHED, ids=lambda runs: f"{runs.parent.name}/{runs.name}")
-def test_a_published_table_is_what_its_committed_runs_give(runs, published_report):
-    made = [part for part in published_report(runs).split("\n\n") if part.startswith("|")]
-    published = runs.parent.with_suffix(".md").read_text()
-    assert made and all(table.count("\n") > 1 and table in published for table in made)
+@pytest.mark.parametrize("table", PUBLISHED, ids=lambda table: table.name.removesuffix(".csv.gz"))
+def test_a_published_table_is_what_its_committed_runs_give(table, published_report):
+    made = [part for part in published_report(table).split("\n\n") if part.startswith("|")]
+    assert made and all(part.count("\n") > 1 and part in PAGE for part in made)
+
+
+@pytest.mark.parametrize("table", PUBLISHED, ids=lambda table: table.name.removesuffix(".csv.gz"))
+def test_a_committed_table_is_whole_and_as_it_is_made(table, tmp_path):
+    save_runs(table, tmp_path / table.name)
+    for file in tmp_path.iterdir():
+        assert gzip.decompress(file.read_bytes()) == gzip.decompress((table.parent / file.name).read_bytes())
+    assert len(list(tmp_path.iterdir())) == 3
+    runs, others = read_runs(table)
+    assert not others and all(run.curve and run.boundary for run in runs)
 
 
 def test_every_row_and_every_interval_of_the_published_tables_is_made_of_committed_runs(published_report):
-    with_iar = [runs for runs in PUBLISHED if any("experts-none_renderer-anatomical" in run.name for run in runs.iterdir())]
-    of_row = re.compile(r"report docs/(\S+) --against \"(.+)\"")
-    published = "\n".join(page.with_suffix(".md").read_text() for page in PAGES)
-    with_row = [(ROOT / "docs" / runs, name) for runs, name in of_row.findall(published)]
-    wanted = [*((runs,) for runs in PUBLISHED), *((runs, "IAR") for runs in with_iar), *with_row]
+    with_iar = [table for table in PUBLISHED if ("none", "anatomical") in systems(table)]
+    of_row = re.compile(r"report (results/\S+) --against \"(.+)\"")
+    with_row = [(ROOT / table, name) for table, name in of_row.findall(PAGE)]
+    wanted = [*((table,) for table in PUBLISHED), *((table, "IAR") for table in with_iar), *with_row]
     made = "\n".join(itertools.starmap(published_report, wanted))
-    rows = [line for line in published.splitlines() if line.startswith(("| Baseline", "| + "))]
+    rows = [line for line in PAGE.splitlines() if line.startswith(("| Baseline", "| + "))]
     assert rows and not set(rows) - set(made.splitlines())
-    intervals = re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", published)
+    intervals = re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", PAGE)
     assert len(intervals) > len(rows) / 4 and all(interval in made for interval in intervals)
+
+
+def test_the_page_names_no_table_and_no_picture_that_is_not_there():
+    tables = re.findall(r"report (results/\S+)", PAGE)
+    pictures = re.findall(r"\]\((figures/\S+\.png)\)", PAGE)
+    assert tables and pictures and {ROOT / table for table in tables} <= set(PUBLISHED)
+    assert {ROOT / "docs" / picture for picture in pictures} == set((ROOT / "docs" / "figures").iterdir())

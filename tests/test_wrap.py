@@ -19,7 +19,7 @@ from monai_morse import InputError, Morse
 from monai_morse.__main__ import main
 from monai_morse.weights import BACKBONE
 from monai_morse.wrap import wrap_bundle
-from monai_morse.wrap.wrap import _code_of
+from monai_morse.wrap.weights import code_of
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def run(name, folder, files, kind, data, out, **words):
     files = [str(folder / "configs" / f) for f in files]
     meta = str(folder / "configs" / "metadata.json")
     words = {"bundle_root": str(folder), "dataset_dir": str(data), "output_dir": str(out), **words}
-    with _code_of(folder):
+    with code_of(folder):
         workflow = ConfigWorkflow(files, meta, logging_file=False, workflow_type=kind, **words)
         workflow.initialize()
         assert workflow.check_properties() == []
@@ -76,7 +76,7 @@ def test_trains_whole_or_the_morse_part_alone_and_is_evaluated(wrapped, data, tm
     before = torch.load(morse / "models/model.pt", weights_only=True)
     for frozen in (False, True):
         out = tmp_path / str(frozen)
-        words = {"ckpt_dir": str(out), "network_def#freeze_backbone": frozen}
+        words = {"ckpt_dir": str(out), "freeze_backbone": str(frozen).lower()}  # as typed
         trainer = run(name, morse, ["train"], "train", data, out, **words).parser
         engine = trainer.get_parsed_content("train#trainer")
         assert engine.state.metrics and 0 <= next(iter(engine.state.metrics.values())) <= 1  # the original's training metric
@@ -101,7 +101,9 @@ def test_the_bundle_keeps_its_form(wrapped):
     assert new["version"] == "0.6.0" == next(iter(new["changelog"])) and old["changelog"].items() < new["changelog"].items()
     assert new["network_data_format"] == old["network_data_format"] and "monai_morse" in new["required_packages_version"]
     assert (morse / "LICENSE").read_text() == "Apache-2.0"
-    assert (morse / "docs/README.md").read_text().startswith("# A bundle\n") and not (morse / "large_files.yml").exists()
+    readme = (morse / "docs/README.md").read_text()
+    assert readme.startswith("# A bundle\n") and "`--freeze_backbone true`" in readme
+    assert not (morse / "large_files.yml").exists()
     assert "large_files.yml: left out" in str(report)
     assert not any(p.name.startswith(".partial") for p in morse.parent.iterdir())
     for part in ("preprocessing", "inferer", "postprocessing"):
@@ -120,7 +122,7 @@ def test_each_bundles_own_matters(wrapped):
         assert "inference_trt.json: left out" in text and "models/model.ts: left out" in text
         multi_gpu = configs["multi_gpu_train.json"]
         assert multi_gpu["network"]["find_unused_parameters"] is True
-        assert "train#handlers#6#_disabled_" in multi_gpu  # three come before what was #3
+        assert "train#handlers#5#_disabled_" in multi_gpu  # two come before what was #3
     if name == "swin_unetr":
         assert "took out img_size" in text
     if name == "whole_body":
@@ -271,13 +273,24 @@ def test_other_networks_and_trainers_are_wrapped_as_far_as_they_go(tmp_path):
     ):
         assert line in report, report
     written = json.loads((tmp_path / "out/configs/train.json").read_text())
-    assert written["network_def"]["decoder"] == names
+    outer, inner = written["network_def"], written["network_def"]["backbone"]
+    assert outer["_target_"].endswith(".Morse") and inner["_target_"].endswith(".DecoderFeatures") and inner["names"] == names
     assert written["train"]["trainer"]["train_handlers"] == "$@morse_handlers + list(@train#handlers[:2])"
     kinds = [h["_target_"].split(".")[-1] for h in written["morse_handlers"]]
-    assert kinds == ["RenderSchedule", "CoarsePrediction"]  # nothing to load
+    assert kinds == ["CoarsePrediction"] and "freeze_backbone" not in written  # nothing to load
     parser = ConfigParser(written)
     assert isinstance(parser.get_parsed_content("network_def"), Morse)
-    assert len(parser.get_parsed_content("morse_handlers")) == 2
+    assert len(parser.get_parsed_content("morse_handlers")) == 1
+
+
+def test_a_word_of_the_bundle_keeps_its_meaning(tmp_path):
+    bundle = write_bundle("spleen", tmp_path / "original")
+    change("train.json", freeze_backbone="theirs")(bundle)
+    wrap_bundle(bundle, tmp_path / "out")
+    written = json.loads((tmp_path / "out/configs/train.json").read_text())
+    assert written["freeze_backbone"] == "theirs" and written["morse_freeze_backbone"] is False
+    assert written["train"]["handlers"][0]["freeze_backbone"] == "@morse_freeze_backbone"
+    assert "`--morse_freeze_backbone true`" in (tmp_path / "out/docs/README.md").read_text()
 
 
 def test_out_must_be_elsewhere_and_an_empty_folder_will_do(tmp_path):

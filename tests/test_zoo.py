@@ -70,7 +70,6 @@ def shipped():
 def test_the_files_that_a_bundle_must_have():
     for file in ("LICENSE", "configs/metadata.json", "configs/inference.yaml", "configs/logging.conf", "models/model.pt"):
         assert (BUNDLE / file).is_file(), file
-    assert (BUNDLE / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     suffixes = {p.stem: p.suffix for p in CONFIGS.iterdir()}
     assert len(suffixes) == len(list(CONFIGS.iterdir()))  # no config as YAML and as JSON, of which one would be read
 

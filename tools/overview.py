@@ -1,72 +1,114 @@
-"""``python -m tools.overview``: the first table of docs/results.md as a picture, docs/results/overview.png.
+"""``python -m tools.overview``: what MORSE gains in each setting, as the first table of docs/results.md and as a picture.
 
-A row of the table is a line of the picture: MORSE's difference to its bare backbone in Dice points with its 95 % confidence
-interval, the lowest and the highest single training in grey, and the difference in average surface distance in %.
+The table is printed, the picture is docs/figures/overview.png. A line is MORSE's difference to its bare backbone: Dice points
+with their 95 % confidence interval, the lowest and the highest single training in grey, and both distances in %.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from monai_morse.data import atomic_write
+from monai_morse.experiments.figures import empty_figure, save_figure
+from monai_morse.experiments.runs import read_runs
+from monai_morse.experiments.statistics import Difference, Row, rows_of
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+LINES = [  # setting, label, table in results/, backbone, row
+    ("3 mm, volumes", "DynUNet", "hippocampus_3mm", "dynunet", "+ MORSE"),
+    ("3 mm, volumes", "SegResNet", "hippocampus_3mm", "segresnet", "+ MORSE"),
+    ("3 mm, volumes", "DynUNet, one training on each of five folds", "hippocampus_3mm_folds", "dynunet", "+ MORSE"),
+    ("2 mm, volumes", "DynUNet, five voxels a side, standardised", "hippocampus_2mm_systems", "dynunet", "+ MORSE"),
+    ("2 mm, volumes", "the same, one training on each of five folds", "hippocampus_2mm_folds", "dynunet", "+ MORSE"),
+    ("2 mm, volumes", "DynUNet, three voxels as they are, CPU", "hippocampus_2mm_cpu", "dynunet", "+ MORSE"),
+    ("2 mm, volumes", "the same, H100", "hippocampus_2mm", "dynunet", "+ MORSE"),
+    ("2 mm, volumes", "SegResNet, three voxels as they are, H100, two trainings", "hippocampus_2mm", "segresnet", "+ MORSE"),
+    ("2 mm, slices", "DynUNet", "slices_2mm", "dynunet", "+ MORSE, patch_norm True"),
+    ("2 mm, slices", "SegResNet", "slices_2mm", "segresnet", "+ MORSE, num_train not set, patch_norm True"),
+    ("2 mm, slices", "DynUNet, four times the iterations, one training", "slices_2mm_long", "dynunet", "+ MORSE"),
+    ("2 mm, slices", "DynUNet, pixels as they are", "slices_2mm", "dynunet", "+ MORSE, num_train 128"),
+    ("2 mm, slices", "the same, one training on each of five folds", "slices_2mm_folds", "dynunet", "+ MORSE"),
+    ("2 mm, slices", "SegResNet, pixels as they are", "slices_2mm", "segresnet", "+ MORSE"),
+    ("1 mm, volumes", "DynUNet, three voxels as they are, H100", "hippocampus_1mm", "dynunet", "+ MORSE"),
+    ("1 mm, volumes", "DynUNet, 5600 iterations, one training", "hippocampus_1mm_full", "dynunet", "+ MORSE"),
+    ("1 mm, slices", "DynUNet", "slices_1mm", "dynunet", "+ MORSE, image_patch 7, patch_norm True"),
+    ("1 mm, slices", "DynUNet, three pixels as they are", "slices_1mm", "dynunet", "+ MORSE, image_patch 3"),
+    ("1 mm, slices", "UNETR, one training", "slices_1mm_unetr", "unetr", "+ MORSE"),
+    ("phantom's livers, half their resolution", "UNet3D", "liver_phantom", "unet3d", "+ MORSE"),
+    ("phantom's livers, half their resolution", "SegResNet", "liver_phantom", "segresnet", "+ MORSE"),
+]
 
 
 class Line(NamedTuple):
-    """A row of the table; ``interval`` is mean, low, high, ``runs`` empty for a single training."""
+    """A line of the table and of the picture, with its differences in the four figures."""
 
     setting: str
-    name: str
-    interval: list[float]
-    runs: list[float]
-    asd: float
+    label: str
+    differences: list[Difference]
 
 
-def lines_of(page: str) -> list[Line]:
-    """The rows of a page's first table.
-
-    >>> lines_of("| at | of | DSC | runs | 95HD | ASD | step |\\n| --- | --- | --- | --- | --- | --- | --- |\\n"
-    ...          "| 3 mm | UNet | +2.16 [+1.84, +2.47] | - | -8 % | (-15 %) | 1.67 |\\n\\n")
-    [Line(setting='3 mm', name='UNet', interval=[2.16, 1.84, 2.47], runs=[], asd=-15.0)]
-    """
-    rows = re.search(r"^\|.*\n\| ---.*\n((?:\|.*\n)+)", page, re.MULTILINE)[1].splitlines()
-    lines: list[Line] = []
-    for row in rows:
-        setting, name, dice, runs, _, asd = (cell.strip() for cell in row.strip("|").split("|")[:6])
-        numbers = [[float(n) for n in NUMBER.findall(cell)] for cell in (dice, runs, asd)]
-        lines.append(Line(setting or lines[-1].setting, name, numbers[0], numbers[1], numbers[2][0]))
-    return lines
+@functools.cache
+def _rows(table: str, backbone: str) -> dict[str, Row]:
+    runs, _ = read_runs(ROOT / "results" / f"{table}.csv.gz")
+    return {row.name: row for row in rows_of([run for run in runs if run.settings["backbone"] == backbone])[0]}
 
 
-def draw(lines: list[Line], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def read_lines() -> list[Line]:
+    """The lines, from the tables in results/."""
+    return [Line(s, label, [_rows(t, b)[row].difference(i) for i in range(4)]) for s, label, t, b, row in LINES]
 
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The rows of the table. What has an interval over zero stands in brackets."""
+
+    def cell(text: str, d: Difference) -> str:
+        return text if d.low > 0 or d.high < 0 or d.low == d.high else f"({text})"
+
+    rows = []
+    for above, line in zip([None, *lines], lines):
+        dice, _, hd95, asd = line.differences
+        cells = ["" if above and above.setting == line.setting else line.setting, line.label]
+        cells.append(cell(f"{dice.mean:+.2f} [{dice.low:+.2f}, {dice.high:+.2f}]", dice))
+        cells.append(f"{min(dice.runs):+.2f} to {max(dice.runs):+.2f}" if len(dice.runs) > 1 else "-")
+        cells += [cell(f"{round(percent(d))} %", d) for d in (hd95, asd)]
+        rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    head = ["seen at", "backbone", "ΔDSC [95 % CI]", "of single runs", "95HD", "ASD"]
+    return "\n".join([f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *rows])
+
+
+def percent(d: Difference) -> float:
+    """A difference in % of the baseline's figure."""
+    return 100 * d.mean / d.baseline
+
+
+def draw(lines: Sequence[Line]) -> Figure:
+    """The picture: Dice with intervals on the left, ASD in % on the right."""
     settings = list(dict.fromkeys(line.setting for line in lines))
-    figure = Figure(figsize=(10, 0.32 * len(lines) + 1), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty_figure(10, 0.32 * len(lines) + 1)
     dice, asd = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     for y, line in enumerate(lines):
         color = f"C{settings.index(line.setting)}"
-        mean, low, high = line.interval
-        if line.runs:
-            dice.plot(line.runs, [y, y], "|", color="grey", markersize=11)
-        dice.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
-        asd.plot([0, line.asd], [y, y], color=color)
-        asd.plot(line.asd, y, "o", color=color)
+        d, change = line.differences[0], percent(line.differences[3])
+        if len(d.runs) > 1:
+            dice.plot([min(d.runs), max(d.runs)], [y, y], "|", color="grey", markersize=11)
+        dice.errorbar(d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], fmt="o", color=color, capsize=3)
+        asd.plot([0, change], [y, y], color=color)
+        asd.plot(change, y, "o", color=color)
     for axis, words in ((dice, "Dice points (right is better)"), (asd, "ASD, % (left is better)")):
         axis.axvline(0, color="grey", linewidth=1)
         axis.set_xlabel(words, fontsize=9)
-    dice.set_yticks(range(len(lines)), [f"{line.setting}: {line.name}" for line in lines], fontsize=8)
+    dice.set_yticks(range(len(lines)), [f"{line.setting}: {line.label}" for line in lines], fontsize=8)
     dice.invert_yaxis()
     dice.set_title("MORSE - bare backbone", fontsize=9, loc="left")
-    with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=110, format="png")
+    return figure
 
 
 if __name__ == "__main__":
-    draw(lines_of((DOCS / "results.md").read_text()), DOCS / "results" / "overview.png")
+    found = read_lines()
+    print(markdown(found))
+    save_figure(draw(found), ROOT / "docs" / "figures" / "overview.png")

@@ -8,7 +8,6 @@ cluster, the nodes share them.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import platform
 import re
@@ -29,11 +28,11 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from monai_morse.config import check_choice
-from monai_morse.data import atomic_write
 from monai_morse.errors import InputError
-from monai_morse.experiments.diagnostics import write_curve
 from monai_morse.losses import SCHEDULES
 from monai_morse.networks.morse import EXPERTS, PRESETS, RENDERERS
+
+from .runs import read_run, write_curve, write_run
 
 __all__ = ["Cell", "parse_options", "plan_sweep", "run_sweep"]
 
@@ -87,27 +86,6 @@ class Cell:
         if self.trained:
             return [self.evaluate]
         return [self.train + (["--resume", "true"] if (self.folder / "model_last.pt").is_file() else []), self.evaluate]
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """A run's ``run.json``, or nothing.
-
-    Raises:
-        InputError: when it cannot be read.
-    """
-    path = folder / "run.json"
-    try:
-        run = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); remove the run's folder to run it anew") from error
-    if not isinstance(run, dict):
-        raise InputError(f"{path} is not the record of a run; remove the run's folder to run it anew")
-    return run
-
-
-def _write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    with atomic_write(folder / "run.json") as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def plan_sweep(
@@ -212,7 +190,7 @@ def run_cell(folder: Path, record: dict[str, Any], commands: Sequence[list[str]]
     with open(folder / "log.txt", "a") as log:
         for i, command in enumerate(commands):
             evaluates = i == len(commands) - 1
-            _write_run(folder, {**record, "status": "trained" if evaluates else "training"})
+            write_run(folder, {**record, "status": "trained" if evaluates else "training"})
             print(f"\n$ {shlex.join(command)}", file=log, flush=True)
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd, env=environment, start_new_session=True
@@ -226,11 +204,11 @@ def run_cell(folder: Path, record: dict[str, Any], commands: Sequence[list[str]]
                     process.wait()
             if process.returncode:
                 # a failed evaluation does not train again: its weights are there
-                _write_run(folder, {**record, "status": "trained" if evaluates else "failed"})
+                write_run(folder, {**record, "status": "trained" if evaluates else "failed"})
                 return f"{'evaluation' if evaluates else 'training'} ended with exit code {process.returncode}"
             if not evaluates:
                 write_curve(folder)
-    _write_run(folder, {**record, "status": "done", "seconds": round(time.time() - started, 1)})
+    write_run(folder, {**record, "status": "done", "seconds": round(time.time() - started, 1)})
     return ""
 
 

@@ -6,7 +6,7 @@ distributed run each process has its own, files are written by the first alone, 
 
 from .checkpoints import BestModel, LastModel, TrainingState, WeightsLoader
 from .evaluation import BoundaryErrors, CasePictures, CaseReport, ClassMetrics
-from .training import CoarsePrediction, EpochSeed, FiniteLoss, RenderSchedule
+from .training import CoarsePrediction, EpochSeed, FiniteLoss, RenderSchedule, Validation
 
 __all__ = [
     "BestModel",
@@ -20,5 +20,6 @@ __all__ = [
     "LastModel",
     "RenderSchedule",
     "TrainingState",
+    "Validation",
     "WeightsLoader",
 ]

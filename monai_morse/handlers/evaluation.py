@@ -15,7 +15,7 @@ import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import decollate_batch
+from monai.data import MetaTensor, decollate_batch
 from monai.engines.utils import IterationEvents
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
 from monai.networks.utils import eval_mode
@@ -195,7 +195,9 @@ class _Inspects:
             return
         with eval_mode(network):
             seen = engine.inferer(output["image"], network.inspect)
-        output.update(coarse=seen["coarse"].softmax(1), rendered=(seen["rendered"] > 0).float())
+        for key, found in (("coarse", seen["coarse"].softmax(1)), ("rendered", (seen["rendered"] > 0).float())):
+            # on the prediction's grid; of several maps MONAI's windows keep no meta data
+            output[key] = MetaTensor(found).copy_meta_from(output["pred"])
 
     def _shown(self, output: Mapping[str, Any]) -> dict[Any, Any]:
         return self.to_scan({key: output[key] for key in ("image", *self.KEYS)})
@@ -206,8 +208,8 @@ class CasePictures(_Inspects):
 
     It asks the engine's inferer once more, for the coarse map and the voxels, so an evaluation takes twice as long (no longer
     with :class:`BoundaryErrors` beside it): attach it after :class:`CaseReport`, whose seconds are then the prediction's alone.
-    Expects one-hot ``pred`` and ``label`` of 3D
-    scans, on the scan's own grid, in the engine's output. Drawn by :func:`monai_morse.visualize.boundary_picture`.
+    Expects one-hot ``pred`` and ``label`` of 3D scans, on the scan's own grid, in the engine's output. Drawn by
+    :func:`monai_morse.visualize.boundary_picture`.
 
     Args:
         folder: where to write ``CASE.png``.

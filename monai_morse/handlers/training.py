@@ -1,4 +1,4 @@
-"""What a trainer does at each iteration and epoch: lambda_t, repeatable random numbers, the prediction that it leaves."""
+"""What a trainer does at each iteration and epoch: lambda_t, repeatable random numbers, its prediction, validation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+from monai.handlers import ValidationHandler
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
 
@@ -16,7 +17,7 @@ from monai_morse.errors import InputError
 from monai_morse.losses import LAMBDA_REND, MorseLoss, check_weight, render_weight
 from monai_morse.networks import MorseOutput
 
-__all__ = ["CoarsePrediction", "EpochSeed", "FiniteLoss", "RenderSchedule"]
+__all__ = ["CoarsePrediction", "EpochSeed", "FiniteLoss", "RenderSchedule", "Validation"]
 
 
 class RenderSchedule:
@@ -129,3 +130,27 @@ class EpochSeed:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
         if self.transform is not None:
             self.transform.set_random_state(seed)
+
+
+class Validation(ValidationHandler):
+    """MONAI's ``ValidationHandler``, which validates after the last epoch too, whatever the interval.
+
+    Args:
+        interval: validate every so many epochs.
+        validator: the evaluator.
+
+    >>> from monai.engines import Evaluator
+    >>> validator, seen = Evaluator("cpu", [0]), []
+    >>> validator.run = seen.append
+    >>> trainer = Engine(lambda engine, batch: None)
+    >>> Validation(2, validator).attach(trainer)
+    >>> _ = trainer.run([0], max_epochs=5)
+    >>> seen
+    [2, 4, 5]
+    """
+
+    def attach(self, engine: Engine) -> None:
+        def due(engine: Engine, epoch: int) -> bool:
+            return epoch % self.interval == 0 or epoch == engine.state.max_epochs
+
+        engine.add_event_handler(Events.EPOCH_COMPLETED(event_filter=due), self)

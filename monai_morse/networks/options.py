@@ -132,7 +132,7 @@ def _group(name: str, preset: str, given: Any, spatial_dims: int) -> dict[str, A
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"{name}: unknown option {key!r}, must be one of {', '.join(known)}{hint}")
-        if value is None:
+        if value is None or value == "null":  # the latter is what a command line makes of a config's null
             continue
         kind, full_name = known[key], f"{name}: {key}"
         if isinstance(kind, tuple):

@@ -19,8 +19,8 @@ import numpy as np
 from skimage.io import imread
 
 from monai_morse.config import check_choice
-from monai_morse.data.cases import grid_misfit
-from monai_morse.data.dicom import dicom_scans, reoriented, series_files
+from monai_morse.data.dicom import dicom_scans, reoriented, series_planes
+from monai_morse.data.grids import grid_misfit
 from monai_morse.errors import InputError
 
 from .msd import Case, check_folders, load_image, stack_channels, write_cases
@@ -83,7 +83,7 @@ def _series(folder: Path) -> tuple[str, list[str]]:
     addresses = list(dicom_scans(folder).values())
     if len(addresses) != 1:
         raise InputError(f"{folder}: {len(addresses)} DICOM series, 1 expected")
-    return addresses[0], series_files(addresses[0])
+    return addresses[0], [plane.file for plane in series_planes(addresses[0])]
 
 
 # --- which mask belongs to which slice
@@ -204,7 +204,7 @@ def _read(folder: Folder | None, words: Sequence[str], organs: Sequence[str]) ->
     label = _label(image, files, ground, CT_GREYS if name == "CT" else MR_GREYS, organs)
     if wanted != [own]:
         image = reoriented(stack_channels([_series(path)[0] for path in wanted]), image)
-        misfit = grid_misfit(label, image)
+        misfit = grid_misfit(label.shape, label.affine, image.shape[:3], image.affine)
         if misfit:
             raise InputError(f"{own}, whose masks these are: {misfit}, {wanted[0]}")
     return image, nib.Nifti1Image(np.asarray(label.dataobj), image.affine)

@@ -11,9 +11,12 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from monai_morse.data.cases import claim_folder, grid_misfit, load_scan, voxel_fault, write_listing
+from monai_morse.data.cases import claim_folder, write_listing
+from monai_morse.data.checks import voxel_fault
 from monai_morse.data.dicom import reoriented
 from monai_morse.data.files import atomic_write
+from monai_morse.data.grids import Limits, grid_misfit
+from monai_morse.data.scans import read_scan
 from monai_morse.errors import InputError
 
 __all__ = ["Case", "check_folders", "load_image", "load_mask", "stack_channels", "write_cases"]
@@ -41,20 +44,14 @@ def check_folders(source: Path, out: Path, name: str) -> None:
     claim_folder(out, name, "prepared scans")
 
 
-def _load(path: str | Path) -> tuple[Any, np.ndarray]:
-    try:
-        return load_scan(str(path))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
 def load_image(path: str | Path) -> Any:
     """A scan, NIfTI or DICOM series, as 16-bit integers where they hold it, else as float32.
 
     Raises:
         InputError: when it cannot be read or its voxels are no intensities.
     """
-    image, voxels = _load(path)
+    image = read_scan(path, Limits())
+    voxels = np.asanyarray(image.dataobj)
     fault = voxel_fault(voxels)
     if fault:
         raise InputError(f"{path}: {fault}")
@@ -69,9 +66,9 @@ def load_mask(path: str | Path, scan: Any) -> np.ndarray:
     Raises:
         InputError: when it cannot be read or lies elsewhere.
     """
-    stored, _ = _load(path)
+    stored = read_scan(path, Limits())
     mask = reoriented(stored, scan) if stored.ndim == 3 else stored
-    misfit = grid_misfit(mask, scan)
+    misfit = grid_misfit(mask.shape, mask.affine, scan.shape[:3], scan.affine)
     if misfit:
         raise InputError(f"{path}: {misfit}; resample the mask to the scan")
     return np.asanyarray(mask.dataobj)
@@ -88,7 +85,7 @@ def stack_channels(paths: Sequence[str | Path]) -> Any:
         return scans[0]
     for i, path in enumerate(paths[1:], start=1):
         scans[i] = reoriented(scans[i], scans[0])
-        misfit = grid_misfit(scans[i], scans[0])
+        misfit = grid_misfit(scans[i].shape, scans[i].affine, scans[0].shape, scans[0].affine)
         if misfit:
             raise InputError(f"{path}: {misfit}, {paths[0]}; register the phases, or take --phases separate")
     return nib.Nifti1Image(np.stack([np.asarray(s.dataobj) for s in scans], axis=-1), scans[0].affine)
@@ -164,7 +161,8 @@ def write_cases(
     with atomic_write(out / "skipped.csv") as partial, open(partial, "w", newline="") as stream:
         csv.writer(stream).writerows([("patient", "phase", "reason"), *skipped])
     if not training:
-        raise InputError(f"no case can be used: {'; '.join(': '.join(s).strip(': ') for s in skipped[:5])}")
+        few = "; ".join(": ".join(s).strip(": ") for s in skipped[:5])
+        raise InputError(f"no case can be used: {few}; {out / 'skipped.csv'} says of all why")
     _list_cases(out, about, channels, classes, training)
     table = ["| patient | " + " | ".join(columns) + " |", "| --- " * (1 + len(columns)) + "|"]
     table += [f"| {patient} | " + " | ".join(found.values()) + " |" for patient, found in done.items()]

@@ -1,5 +1,6 @@
 """Any MONAI segmentation bundle as a MORSE bundle: ``python -m monai_morse wrap``."""
 
-from .wrap import WrapReport, wrap_bundle
+from .report import WrapReport
+from .wrap import wrap_bundle
 
 __all__ = ["WrapReport", "wrap_bundle"]
