@@ -17,7 +17,7 @@ from monai_morse.__main__ import main
 from monai_morse.data import dicom_scans, msd_cases, read_scan, usable_cases
 from monai_morse.data.dicom import reoriented
 from monai_morse.errors import InputError
-from monai_morse.prepare import mpmri, phantom_mpmri, prepare_mpmri, write_phantom
+from monai_morse.prepare import mpmri, phantom_mpmri, prepare_mpmri, stand_ins, write_phantom
 
 PHASES = ("pre", "arterial", "venous")
 OBLIQUE = np.array([[0.99, -0.14, 0, -30], [0.14, 0.99, 0, 12], [0, 0, 3, 7], [0, 0, 0, 1]])
@@ -305,11 +305,11 @@ def test_real_scans_nifti_and_dicom_with_masks_of_many_organs(tmp_path):
 
 
 def test_the_phantom_has_its_liver_alone_and_is_written_once(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(mpmri, "write_phantom", partial(write_phantom, spacing=(10.0, 10.0, 10.0)))
+    monkeypatch.setattr(stand_ins, "write_phantom", partial(write_phantom, spacing=(10.0, 10.0, 10.0)))
     folder = phantom_mpmri(tmp_path / "data" / "phantom", patients=2)
     assert "synthetic" in caplog.text
     assert len(usable_cases(msd_cases(folder, "all", class_names=["liver"]), 2)) == 6
-    monkeypatch.setattr(mpmri, "write_phantom", None)
+    monkeypatch.setattr(stand_ins, "write_phantom", None)
     assert phantom_mpmri(folder, patients=2) == folder
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["phantom"]
 
@@ -323,6 +323,6 @@ def test_of_two_processes_that_write_the_phantom_the_first_ones_stays(tmp_path, 
         (out / "dataset.json").write_text("the other one's")
         return folder
 
-    monkeypatch.setattr(mpmri, "write_phantom", slower)
+    monkeypatch.setattr(stand_ins, "write_phantom", slower)
     assert phantom_mpmri(out) == str(out)
     assert (out / "dataset.json").read_text() == "the other one's" and list(tmp_path.iterdir()) == [out]

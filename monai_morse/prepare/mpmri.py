@@ -21,9 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from monai_morse.config import check_choice
-from monai_morse.data.cases import claim_folder, grid_misfit, load_scan, voxel_fault, write_listing
+from monai_morse.data.cases import claim_folder, write_listing
+from monai_morse.data.checks import voxel_fault
 from monai_morse.data.dicom import dicom_scans, reoriented
 from monai_morse.data.files import atomic_write, scan_name
+from monai_morse.data.grids import Limits, grid_misfit
+from monai_morse.data.scans import read_scan
 from monai_morse.errors import InputError
 
 from .phantom import PHASES
@@ -148,16 +151,10 @@ def _layout(files: Sequence[str], pattern: str | None, label_pattern: str | None
     return max(layouts, key=lambda y: (y.complete(), sum(len(files) == 1 for files in y.scans.values())))
 
 
-def _loaded(path: str) -> tuple[Any, np.ndarray]:
-    try:
-        return load_scan(path)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
 def _scan(path: str) -> Any:
     """A scan as 16-bit integers where they hold it, else as float32."""
-    image, voxels = _loaded(path)
+    image = read_scan(path, Limits())
+    voxels = np.asanyarray(image.dataobj)
     fault = voxel_fault(voxels)
     if fault:
         raise InputError(f"{path}: {fault}")
@@ -168,9 +165,9 @@ def _scan(path: str) -> Any:
 
 def _mask(path: str, scan: Any, values: Sequence[int] | None) -> Any:
     """The liver as 1 on the scan's grid, from a mask that may be stored in another orientation."""
-    stored, _ = _loaded(path)
+    stored = read_scan(path, Limits())
     mask = reoriented(stored, scan) if stored.ndim == 3 else stored
-    misfit = grid_misfit(mask, scan)
+    misfit = grid_misfit(mask.shape, mask.affine, scan.shape[:3], scan.affine)
     if misfit:
         raise InputError(f"{path}: {misfit}; resample the mask to the scan")
     classes = np.asanyarray(mask.dataobj)
@@ -188,7 +185,7 @@ def _channels(paths: Sequence[str]) -> Any:
     scans = [_scan(p) for p in paths]
     for i, path in enumerate(paths[1:], start=1):
         scans[i] = reoriented(scans[i], scans[0])
-        misfit = grid_misfit(scans[i], scans[0])
+        misfit = grid_misfit(scans[i].shape, scans[i].affine, scans[0].shape, scans[0].affine)
         if misfit:
             raise InputError(f"{path}: {misfit}, {paths[0]}; register the phases, or take --phases separate")
     return nib.Nifti1Image(np.stack([np.asarray(s.dataobj) for s in scans], axis=-1), scans[0].affine)
@@ -313,7 +310,8 @@ def prepare_mpmri(
     with atomic_write(out / "skipped.csv") as partial, open(partial, "w", newline="") as stream:
         csv.writer(stream).writerows([("patient", "phase", "reason"), *skipped])
     if not training:
-        raise InputError(f"no case can be used: {'; '.join(': '.join(s).strip(': ') for s in skipped[:5])}")
+        few = "; ".join(": ".join(s).strip(": ") for s in skipped[:5])
+        raise InputError(f"no case can be used: {few}; {out / 'skipped.csv'} says of all why")
     _list_cases(out, phases, training)
     used = len({e["patient"] for e in training})
     table += ["", f"{len(training)} cases of {used} patients in {out}, {len(skipped)} left out (skipped.csv)"]
