@@ -9,7 +9,6 @@ VENV = .venv$(if $(OLDEST),-oldest)
 BIN = $(VENV)/bin
 TORCH = $(shell sed -n 's/^torch==//p' $(REQUIREMENTS))
 EMPTY = build/empty
-RUNS = $(firstword $(wildcard results/hippocampus_1mm.csv.gz docs/results/hippocampus_1mm))
 
 .PHONY: demo test lint docs dist clean
 
@@ -34,7 +33,7 @@ dist: $(VENV)/ready          ## wheel and sdist in dist/; the wheel is installed
 	cd build && empty/bin/monai-morse --version
 	cd build && empty/bin/monai-morse phantom --out phantom --patients 2 --spacing 8 8 10
 	cd build && empty/bin/monai-morse wrap --bundle bundle --out wrapped
-	cd build && empty/bin/monai-morse report $(abspath $(RUNS)) --out report
+	cd build && empty/bin/monai-morse report ../results/hippocampus_1mm.csv.gz --out report
 
 # a CPU build of torch where there is no GPU, by the first argument, a pip; no harm if there is none to be had
 define install_torch

@@ -101,7 +101,7 @@ def test_a_network_on_slices_trains_and_is_scored_on_volumes(trained, tmp_path):
     succeed(f"['{CONFIGS}/train.yaml','{CONFIGS}/slices.yaml']", max_epochs=1, **options)
     kernels = [w for w in torch.load(tmp_path / "model.pt", weights_only=True).values() if w.ndim > 3]
     assert kernels and all(w.ndim == 4 for w in kernels)
-    succeed(slices, save_boundary_errors="true", **options)
+    succeed(slices, save_boundary_errors="true", render_scale=2, **options)
     for case in msd_cases(data, "val", num_folds=3):
         label, pred = nib.load(case["label"]), nib.load(tmp_path / "predictions" / os.path.basename(case["image"]))
         assert pred.shape == label.shape and np.allclose(pred.affine, label.affine, atol=1e-5)

@@ -185,7 +185,7 @@ def test_good_cases_pass_and_float_labels_are_fine(msd):
 
 
 def test_channels_are_the_fourth_axis(msd):
-    save(msd / "imagesTr/case_0.nii.gz", np.zeros((20, 24, 18, 2)))
+    save(msd / "imagesTr/case_0.nii.gz", np.random.default_rng(0).normal(size=(20, 24, 18, 2)))
     case = [c for c in msd_cases(msd, "all") if "case_0" in c["image"]]
     assert usable_cases(case, 3, in_channels=2) == case
 

@@ -12,8 +12,17 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 
-from monai_morse.data import SaveDicomSegd, ScanReader, dicom_scans, read_scan, scan_name, scans_in
-from monai_morse.data.cases import find_problem, raise_if_skipped, usable_cases
+from monai_morse.data import (
+    SaveDicomSegd,
+    ScanReader,
+    dicom_scans,
+    raise_if_skipped,
+    read_scan,
+    scan_name,
+    scans_in,
+    usable_cases,
+)
+from monai_morse.data.checks import find_problem
 from monai_morse.data.dicom import reoriented
 from monai_morse.errors import InputError
 
@@ -115,7 +124,7 @@ def slice_number(file):
 FAULTS = {
     "a slice missing": (lambda files: sorted(files, key=slice_number)[3].unlink(), "6 slices are not evenly spaced"),
     "a slice twice": (twice, "8 slices are not evenly spaced"),
-    "a file cut short": (lambda files: cut(files, -100), "6 slices are not evenly spaced"),
+    "a file cut short": (lambda files: cut(files, -100), "IM000. of its 7 files cannot be decoded, truncated"),
     "a file cut in its header": (lambda files: cut(files, 600), "6 slices are not evenly spaced"),
     "no file any more": (all_gone, "no DICOM series"),
 }

@@ -58,6 +58,17 @@ def test_a_value_inside_a_name_is_recorded_too(bundle, tmp_path):
     assert [cell.folder.name for cell in cells] == ["network_def.points-1", "network_def.points-2"]
 
 
+def test_what_the_preset_decides_is_recorded(tmp_path):
+    toy = ROOT / "bundles" / "hippocampus_mri_morse"
+    cells = plan_sweep(toy, {"preset": ["light", "paper"], "stride": [1, 2]}, tmp_path, {"eval_points": 9})
+    words = ("width", "patch_norm", "learning_rate", "schedule", "eval_points")
+    found = [tuple(cell.record["settings"].get(word) for word in words) for cell in cells]
+    light = [(16, norm, 0.002, "scratch", 9) for norm in (False, True)]
+    assert found == [*light, *[(None, None, 0.0005, "ramp", 9)] * 2]
+    (cell,) = plan_sweep(toy, {"fold": [0]}, tmp_path, {}, ["slices.yaml"])
+    assert [cell.record["settings"][word] for word in ("image_patch", "patch_norm", "batch_size")] == [7, True, 8]
+
+
 def test_a_file_that_lies_over_the_training_has_names_and_is_told_and_recorded(bundle, tmp_path, capsys):
     (bundle / "configs" / "slices.yaml").write_text("fold: 2\nnetwork_def#points: 64\nplanes: 3\n")
     runs = tmp_path / "runs"

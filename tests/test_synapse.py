@@ -1,6 +1,7 @@
 """Synapse: the CT phantom, and preparation from BTCV's layout and from what TransUNet's authors made of it."""
 
 import json
+import re
 import sys
 
 import nibabel as nib
@@ -144,21 +145,45 @@ def spoil_grid(folder):
     return "label0006.nii.gz: its affine puts it"
 
 
-def spoil_window(folder):
+def spoil_units(folder, units):
     voxels, affine = load(folder / "img/img0006.nii.gz")
-    nib.save(nib.Nifti1Image((voxels.clip(-125, 275) + 125) / 400, affine), folder / "img/img0006.nii.gz")
-    return "values from 0.0 to 1.0 are no CT in HU"
+    nib.save(nib.Nifti1Image(units(voxels.astype(np.float32)), affine), folder / "img/img0006.nii.gz")
+    return "no CT in HU: "
 
 
-@pytest.mark.parametrize("spoil", [spoil_truncated, spoil_label, spoil_grid, spoil_window])
+NO_HU = {
+    "moved by 1024": lambda hu: hu + 1024,
+    "moved by -1024": lambda hu: hu - 1024,
+    "0 to 1000": lambda hu: (hu.clip(-1000, 1000) + 1000) / 2,
+    "the window in 8 bits": lambda hu: (hu.clip(-125, 275) + 125) / 400 * 255,
+    "the window as 0 to 1": lambda hu: (hu.clip(-125, 275) + 125) / 400,
+    "inverted": lambda hu: -hu,
+    "ten times": lambda hu: hu * 10,
+    "standardised": lambda hu: (hu - hu.mean()) / hu.std(),
+}
+
+
+@pytest.mark.parametrize("spoil", [spoil_truncated, spoil_label, spoil_grid, *NO_HU])
 def test_one_broken_case_is_told_and_the_others_are_written(spoil, raw, tmp_path):
     for path in raw.glob("Training/*/*"):
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
         (tmp_path / path.parent.name / path.name).write_bytes(path.read_bytes())
-    reason = spoil(tmp_path)
+    reason = spoil_units(tmp_path, NO_HU[spoil]) if spoil in NO_HU else spoil(tmp_path)
     report = prepare_synapse(tmp_path, tmp_path / "out")
     assert "skipped 1:\n  case0006: " in report and reason in report
     assert len(msd_cases(tmp_path / "out", "all")) == 3
+    if spoil in NO_HU:  # with the numbers
+        assert re.search("medians aorta [-0-9.e+]+ .10 to 500 expected.*liver", report), report
+
+
+def test_a_ct_without_contrast_or_already_clipped_is_one(raw, tmp_path):
+    for path in raw.glob("Training/*/*"):
+        voxels, affine = load(path)
+        if path.parent.name == "img":
+            voxels = np.where(voxels > 40, 40 + (voxels - 40) // 5, voxels).clip(-125, 275)
+        (tmp_path / path.parent.name).mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(voxels, affine), tmp_path / path.parent.name / path.name)
+    assert "skipped" not in prepare_synapse(tmp_path, tmp_path / "out")
 
 
 def test_what_cannot_be_prepared_is_said(raw, tmp_path, capsys):

@@ -1,13 +1,16 @@
 """Scans at run time: data lists and folds, checks of files before work starts, reading, writing, the scan's own grid."""
 
-from .cases import check_split, msd_cases, msd_class_names, raise_if_skipped, usable_cases
-from .dicom import ScanReader, dicom_scans, read_scan
+from .cases import msd_cases, msd_class_names
+from .checks import check_split, raise_if_skipped, usable_cases
+from .dicom import dicom_scans
 from .dicom_seg import SaveDicomSegd
 from .files import AtomicNibabelWriter, atomic_write, check_writable, scan_name, scans_in
-from .grids import ToScanGridd
+from .grids import MatchGridd, ToScanGridd
 from .orientation import ThroughPlaneLastd
+from .scans import ScanReader, read_scan
 
 __all__ = [
+    "MatchGridd",
     "ThroughPlaneLastd",
     "ToScanGridd",
     "AtomicNibabelWriter",

@@ -1,24 +1,20 @@
-"""Which scans there are, how they are split into folds, and whether their files can be used."""
+"""Which scans a data set lists, and how they are split into folds."""
 
 from __future__ import annotations
 
 import json
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from tqdm import tqdm
 
 from monai_morse.config import check_choice, parse_number, typed_arguments
 from monai_morse.errors import InputError
 
-from .dicom import is_dicom_scan, read_scan
 from .files import atomic_write, check_writable
 
-__all__ = ["check_split", "find_problem", "msd_cases", "msd_class_names", "raise_if_skipped", "usable_cases"]
+__all__ = ["msd_cases", "msd_class_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -132,142 +128,3 @@ def msd_cases(
         for e in entries
         if (str(e.get("patient", e["label"])) in held_back) == (split == "val")
     ]
-
-
-def load_scan(path: str) -> tuple[Any, np.ndarray]:
-    """A scan, NIfTI or DICOM series, and its voxels as stored; an :class:`InputError` where there are none to read."""
-    if not is_dicom_scan(path) and not Path(path).is_file():
-        raise InputError("the file does not exist")
-    try:
-        image = read_scan(path)
-        return image, np.asanyarray(image.dataobj)
-    except InputError:
-        raise
-    except Exception as error:  # nibabel, zlib, gzip and ITK each have their own
-        kind = "DICOM" if is_dicom_scan(path) else "NIfTI"
-        raise InputError(f"cannot be read, truncated or not {kind} ({type(error).__name__}: {error})") from error
-
-
-def _corners(image: Any) -> np.ndarray:
-    far = np.array(image.shape[:3]) - 1
-    grid = np.array(np.meshgrid(*[[0, f] for f in far], indexing="ij")).reshape(3, -1)
-    return image.affine[:3, :3] @ grid + image.affine[:3, 3:]
-
-
-def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
-    """Why these can be no scan's voxels; None where they can."""
-    expected = 3 if in_channels == 1 else 4
-    if voxels.ndim != expected or (in_channels > 1 and voxels.shape[-1] != in_channels):
-        wanted = f"a {expected}D image with {in_channels} channel(s)"
-        return f"expected {wanted}, got shape {voxels.shape}; split or stack its channels"
-    if voxels.dtype.kind not in "biuf":
-        return f"voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
-    if not np.isfinite(voxels).all():
-        count = int(voxels.size - np.isfinite(voxels).sum())
-        return f"{count} voxels are NaN or infinite; repair or remove the scan"
-    return None
-
-
-def grid_misfit(label: Any, image: Any) -> str | None:
-    """How the voxels of a label map, or another phase, do not lie on those of its image; None where they do."""
-    shape, expected = tuple(label.shape), tuple(image.shape[:3])
-    if shape != expected:
-        return f"shape {shape} differs from its image's {expected}"
-    spacing = np.linalg.norm(image.affine[:3, :3], axis=0).min()
-    shift = np.linalg.norm(_corners(image) - _corners(label), axis=0).max()
-    return f"its affine puts it up to {shift:.3g} mm away from its image" if shift > 0.05 * spacing else None
-
-
-def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1) -> str | None:
-    """What makes a case unusable, naming the file and the remedy; None if nothing does.
-
-    Args:
-        case: paths by ``"image"`` and, optionally, ``"label"``.
-        num_classes: labels must be integers in [0, num_classes - 1].
-        in_channels: 1 wants a 3D image; more want a 4D image with that many along its last axis.
-    """
-    path = case["image"]
-    try:
-        image, voxels = load_scan(path)
-        fault = voxel_fault(voxels, in_channels)
-        if fault:
-            return f"{path}: {fault}"
-        if "label" not in case:
-            return None
-        path = case["label"]
-        label, classes = load_scan(path)
-    except InputError as error:
-        return f"{path}: {error}; restore the file or remove the case from dataset.json"
-    misfit = grid_misfit(label, image)
-    if misfit:
-        return f"{path}: {misfit}; resample the label to the image"
-    found = np.unique(classes)
-    wrong = found[(found != np.round(found)) | (found < 0) | (found >= num_classes)]
-    if wrong.size:
-        return (
-            f"{path}: labels {[float(w) for w in wrong[:5]]} are outside 0 to {num_classes - 1}; map them or name every "
-            "class in --class_names"
-        )
-    return None
-
-
-def usable_cases(
-    cases: Sequence[Mapping[str, str]], num_classes: int, in_channels: int = 1, skip: bool = False
-) -> list[dict[str, str]]:
-    """The cases whose files can be used, every file read and checked once.
-
-    Args:
-        cases: paths by ``"image"`` and ``"label"``.
-        num_classes, in_channels: see :func:`find_problem`.
-        skip: leave unusable cases out, with a logged error each, for cohorts at inference; default False: one unusable case
-            is an error, for training.
-
-    Raises:
-        InputError: with up to ten problems; or, when skipping, if no case is left.
-    """
-    good: list[dict[str, str]] = []
-    problems: list[str] = []
-    for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
-        try:
-            problem = find_problem(case, num_classes, in_channels)
-        except Exception as error:  # whatever else one file does, the others are usable
-            found = f"{type(error).__name__}: {error}"
-            problem = f"{case.get('image', case)}: cannot be checked ({found}); one readable file a case is needed"
-        if problem is None:
-            good.append(dict(case))
-        else:
-            problems.append(problem)
-    if problems and not skip:
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError(f"{len(problems)} of {len(cases)} cases cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
-    for problem in problems:
-        logger.error("skipped: %s", problem)
-    if not good:
-        raise InputError("no usable case: " + (problems[0] if problems else "the list of cases is empty"))
-    return good
-
-
-def check_split(train: Sequence[Any], validation: Sequence[Any]) -> None:
-    """See that there is something to train on and something to validate on.
-
-    Raises:
-        InputError: when one is empty. Without validation no weights would ever be the best, and none be kept.
-
-    >>> check_split(["a"], [])  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    monai_morse.errors.InputError: no case to validate on: of 1 case(s) at least one each is needed ...
-    """
-    for cases, what in ((train, "train"), (validation, "validate")):
-        if not cases:
-            raise InputError(
-                f"no case to {what} on: of {len(train) + len(validation)} case(s) at least one each is needed to train and to "
-                "validate; give more, or another split (MONAI Label: val_split)"
-            )
-
-
-def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:
-    """At the end of a cohort: raise an :class:`InputError` naming the cases that :func:`usable_cases` left out, if any."""
-    done = {c["image"] for c in used}
-    skipped = [c["image"] for c in cases if c["image"] not in done]
-    if skipped:
-        raise InputError(f"{len(skipped)} case(s) skipped, the others are done; see the log for why: {', '.join(skipped)}")

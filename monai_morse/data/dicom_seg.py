@@ -15,7 +15,7 @@ from monai.utils import optional_import
 
 from monai_morse.errors import InputError
 
-from .dicom import is_dicom_scan, series_files
+from .dicom import is_dicom_scan, series_planes
 from .files import atomic_write
 
 __all__ = ["SaveDicomSegd"]
@@ -81,9 +81,13 @@ class SaveDicomSegd(MapTransform):
             )
             for i, k in enumerate(found, start=1)
         ]
-        frames = np.stack([labels == k for k in found], axis=-1).transpose(2, 1, 0, 3)  # a frame a slice, as ITK stacked them
+        planes = series_planes(scan)
+        files = list(dict.fromkeys(p.file for p in planes))
+        frames = np.stack([labels == k for k in found], axis=-1).transpose(2, 1, 0, 3)  # a frame a slice
+        if len(files) == 1:  # in the order of its frames
+            frames = frames[np.argsort([p.frame for p in planes])]
         segmentation = hd.seg.Segmentation(
-            source_images=[pydicom.dcmread(f) for f in series_files(scan)],
+            source_images=[pydicom.dcmread(f) for f in files],
             pixel_array=frames.astype(np.uint8),
             segmentation_type="BINARY",
             segment_descriptions=segments,

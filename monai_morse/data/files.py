@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 from monai.data import NibabelWriter
 
 from monai_morse.errors import InputError
@@ -91,11 +93,29 @@ def check_writable(*folders: str | Path) -> None:
 
 
 class AtomicNibabelWriter(NibabelWriter):
-    """``NibabelWriter`` that leaves no torn label map when it is killed, see :func:`atomic_write`.
+    """``NibabelWriter`` of maps on a scan's own grid: with the scan's axes, also those of length 1, and its affine.
 
-    Use it as ``SaveImaged(writer=AtomicNibabelWriter)``.
+    It leaves no torn file when it is killed, see :func:`atomic_write`. Use it as ``SaveImaged(writer=AtomicNibabelWriter)``.
     """
 
+    def set_data_array(
+        self, data_array: Any, channel_dim: int | None = 0, squeeze_end_dims: bool = True, **kwargs: Any
+    ) -> None:
+        super().set_data_array(data_array, channel_dim, squeeze_end_dims=False, **kwargs)
+        if squeeze_end_dims and self.data_obj.shape[-1] == 1:  # the channel, not an axis of one slice
+            self.data_obj = self.data_obj[..., 0]
+
+    def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
+        super().set_metadata(meta_dict, resample, **options)
+        rank, *shape = (int(n) for n in (meta_dict or {}).get("dim", [0]))
+        if tuple(shape[:3]) == self.data_obj.shape and set(shape[3:rank]) == {1}:
+            self.data_obj = self.data_obj.reshape(shape[:rank])
+
     def write(self, filename: Any, verbose: bool = False, **obj_kwargs: Any) -> None:
+        image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **obj_kwargs)
+        image.set_sform(image.affine, code=1)
+        image.set_qform(image.affine, code=1)
+        if not np.allclose(image.get_qform(), image.affine, atol=1e-4):  # sheared: the sform alone can tell
+            image.set_qform(None, code=0)
         with atomic_write(filename) as partial:
-            super().write(partial, verbose=verbose, **obj_kwargs)
+            nib.save(image, partial)

@@ -7,6 +7,7 @@ cluster, the nodes share them.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import platform
@@ -144,7 +145,8 @@ def plan_sweep(
         values = dict(zip(grid, combination))
         chosen = {**options, **values}
         folder = out / ("_".join(f"{n}-{v}" for n, v in values.items()).translate(_FOLDER) or "run")
-        settings = {n: v for n, v in {**plain, **chosen}.items() if n.split("#")[0] in train_config and n not in OWN}
+        known_here = {**plain, **_by_preset(train_config, chosen), **chosen}
+        settings = {n: v for n, v in known_here.items() if n.split("#")[0] in train_config and n not in OWN}
         record = {
             "bundle": bundle.name,
             "cell": values,
@@ -168,6 +170,14 @@ def plan_sweep(
     if twice:
         raise InputError(f"two cells of the grid would have the folder {twice[0]}; give each value once")
     return cells
+
+
+def _by_preset(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Values at a config's left margin that follow from the preset."""
+    parser = ConfigParser(copy.deepcopy(dict(config)))
+    parser.update(dict(chosen))
+    names = [n for n, v in config.items() if isinstance(v, str) and v.startswith("$") and "@preset" in v and n not in chosen]
+    return {n: v for n in names if (v := parser.get_parsed_content(n)) is not None}
 
 
 _FOLDER = str.maketrans({c: "." for c in " #/\\:,[]()'\"$@*?"})

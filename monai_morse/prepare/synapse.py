@@ -16,8 +16,10 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from monai_morse.data.cases import claim_folder, find_problem, write_listing
+from monai_morse.data.cases import claim_folder, write_listing
+from monai_morse.data.checks import find_problem, no_hounsfield
 from monai_morse.data.files import atomic_write
+from monai_morse.data.scans import read_scan
 from monai_morse.errors import InputError
 
 __all__ = ["ORGANS", "prepare_synapse"]
@@ -33,6 +35,9 @@ BTCV = (
 TRAIN = (5, 6, 7, 9, 10, 21, 23, 24, 26, 27, 28, 30, 31, 33, 34, 37, 39, 40)
 TEST = (1, 2, 3, 4, 8, 22, 25, 29, 32, 35, 36, 38)
 WINDOW = (-125, 275)  # HU; what the protocol clips to
+# HU that an organ's median may have, with or without contrast; gallbladder and stomach may hold anything
+PLAUSIBLE = {"aorta": (10, 500), "left_kidney": (0, 350), "right_kidney": (0, 350), "liver": (-20, 250)}
+PLAUSIBLE |= {"pancreas": (-30, 250), "spleen": (10, 300)}
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]  # HU (X, Y, Z), labels in the order of ORGANS, affine
 
@@ -56,11 +61,8 @@ def _read_btcv(image_path: Path, label_path: Path | None) -> Case:
     problem = find_problem({"image": str(image_path), "label": str(label_path)}, len(BTCV) + 1)
     if problem:
         raise InputError(problem)
-    image, label = nib.load(image_path), nib.load(label_path)
-    hu = np.asanyarray(image.dataobj)
-    if np.ptp(hu) < 100:
-        raise InputError(f"{image_path}: values from {hu.min()} to {hu.max()} are no CT in HU; give the scan as downloaded")
-    return hu, _to_organs(BTCV)[np.asanyarray(label.dataobj).astype(int)], image.affine
+    image, label = read_scan(image_path), read_scan(label_path)
+    return np.asanyarray(image.dataobj), _to_organs(BTCV)[np.asanyarray(label.dataobj).astype(int)], image.affine
 
 
 def _numbered(folder: Path, pattern: str) -> dict[int, Path]:
@@ -153,6 +155,21 @@ def _found_from_anatomy(volumes: Sequence[Path]) -> tuple[Sequence[str], np.ndar
 # --- both
 
 
+def _check_hounsfield(hu: np.ndarray, label: np.ndarray) -> None:
+    """See that a case is in Hounsfield units: its organs have plausible values, and fat is where fat is.
+
+    Raises:
+        InputError: with the numbers, where most organs do not, or there is none.
+    """
+    found = {n: hu[label == k] for k, n in enumerate(ORGANS, start=1) if n in PLAUSIBLE}
+    medians = {n: float(np.median(values)) for n, values in found.items() if values.size}
+    outside = [n for n, median in medians.items() if not PLAUSIBLE[n][0] <= median <= PLAUSIBLE[n][1]]
+    lacking = no_hounsfield(hu)
+    if lacking or len(outside) > len(medians) / 2:
+        numbers = ", ".join(f"{n} {m:.4g} ({PLAUSIBLE[n][0]} to {PLAUSIBLE[n][1]} expected)" for n, m in medians.items())
+        raise InputError(f"no CT in HU: {lacking + '; ' if lacking else ''}medians {numbers}; give the scan as downloaded")
+
+
 def _find_cases(source: Path) -> tuple[dict[int, Callable[[], Case]], str]:
     """How to read each case of a folder or of one in it, by number, and what is to be said of all."""
     for place in (source, *sorted(p for p in source.glob("*") if p.is_dir())):
@@ -202,6 +219,7 @@ def prepare_synapse(source: str | Path, out: str | Path, name: str = NAME) -> st
         case = f"case{number:04d}"
         try:
             image, label, affine = cases[number]()
+            _check_hounsfield(image, label)
         except Exception as error:  # whatever one file does, the others are usable
             reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             skipped.append(f"  {case}: {reason}")

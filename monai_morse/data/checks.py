@@ -1,0 +1,193 @@
+"""Whether the files of cases can be used, asked before any work starts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from monai_morse.config import check_choice, parse_bool
+from monai_morse.errors import InputError
+
+from .grids import Limits, grid_misfit
+from .scans import read_scan
+
+__all__ = ["check_split", "find_problem", "no_hounsfield", "raise_if_skipped", "usable_cases", "voxel_fault"]
+
+logger = logging.getLogger(__name__)
+
+
+def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
+    """Why these can be no scan's voxels; None where they can.
+
+    Args:
+        voxels: (X, Y, Z), or (X, Y, Z, C) for more than one channel.
+        in_channels: C, default 1.
+
+    >>> voxel_fault(np.full((4, 4, 4), 1e200))
+    'values up to 1e+200 are beyond single precision; write the scan in its own units'
+    """
+    expected = 3 if in_channels == 1 else 4
+    if voxels.ndim != expected or (in_channels > 1 and voxels.shape[-1] != in_channels):
+        wanted = f"a {expected}D image with {in_channels} channel(s)"
+        return f"expected {wanted}, got shape {voxels.shape}; split or stack its channels"
+    if voxels.dtype.kind not in "biuf":
+        return f"voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
+    with np.errstate(over="ignore"):
+        single = torch.from_numpy(voxels.T.astype(np.float32, order="C"))  # NIfTI's first axis varies fastest
+    if not math.isfinite(float(single.sum())):
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        if count:
+            return f"{count} voxels are NaN or infinite; repair or remove the scan"
+        if not torch.isfinite(single).all():
+            return f"values up to {np.abs(voxels).max():.3g} are beyond single precision; write the scan in its own units"
+    for channel in [single] if in_channels == 1 else single:
+        low, high = float(channel.min()), float(channel.max())
+        if low == high:
+            return f"every voxel is {low:.6g}, so there is nothing to see; give the scan as it was taken"
+        # what NormalizeIntensity does, in its precision
+        std, mean = torch.std_mean(channel, correction=0)
+        normalised = (channel - mean) / std
+        if not abs(float(normalised.std(correction=0)) - 1) < 0.01:
+            return f"values from {low:.6g} to {high:.6g} cannot be normalised in single precision; rescale the scan"
+        sample = normalised.reshape(-1)[:: max(1, normalised.numel() // 1_000_000)]
+        if float(torch.quantile(sample, 0.995) - torch.quantile(sample, 0.005)) < 1e-3:
+            return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; remove the few that lie apart"
+    return None
+
+
+def no_hounsfield(voxels: np.ndarray) -> str | None:
+    """What a CT's values lack that Hounsfield units have: fat, and soft tissue; None where they have both.
+
+    Air, muscle and fat are in every CT of a body. Values moved by 1024, rescaled or windowed to 8 bits have nothing where fat
+    would be.
+
+    >>> no_hounsfield(np.linspace(-1000, 1000, 100)), no_hounsfield(np.linspace(24, 2024, 100))
+    (None, 'values from 24 to 2.02e+03, 0.0 % of them fat (-150 to -30 HU) and 7.0 % soft tissue (0 to 150 HU)')
+    """
+    fat, soft = (float(((voxels >= a) & (voxels < b)).mean()) for a, b in ((-150, -30), (0, 150)))
+    if fat > 0.005 and soft > 0.005:
+        return None
+    percent = f"{fat:.1%} of them fat (-150 to -30 HU) and {soft:.1%} soft tissue (0 to 150 HU)".replace("%", " %")
+    return f"values from {voxels.min():.3g} to {voxels.max():.3g}, {percent}"
+
+
+def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1, limits: Limits | None = None) -> str | None:
+    """What makes a case unusable, naming the file and the remedy; None if nothing does.
+
+    Args:
+        case: paths by ``"image"`` and, optionally, ``"label"``.
+        num_classes: labels must be integers in [0, num_classes - 1].
+        in_channels: 1 wants a 3D image; more want a 4D image with that many along its last axis.
+        limits: what a plausible scan is; default ``Limits()``.
+    """
+    limits = limits or Limits()
+    path = case["image"]
+    try:
+        image = read_scan(path, limits)
+        voxels = np.asanyarray(image.dataobj)
+        fault = voxel_fault(voxels, in_channels)
+        if fault:
+            return f"{path}: {fault}"
+        lacking = no_hounsfield(voxels) if parse_bool(limits.hounsfield, "hounsfield") else None
+        if lacking:
+            logger.warning("%s: these are not Hounsfield units: %s; organs will be missed", path, lacking)
+        if "label" not in case:
+            return None
+        path = case["label"]
+        label = read_scan(path, limits)
+    except InputError as error:
+        return str(error)
+    misfit = grid_misfit(label.shape, label.affine, image.shape[:3], image.affine)
+    if misfit:
+        return f"{path}: {misfit}; resample the label to the image"
+    found = np.unique(np.asanyarray(label.dataobj))
+    if found.dtype.kind not in "biuf":
+        return f"{path}: voxels of type {found.dtype} are no labels; write it with one whole number a voxel"
+    wrong = found[(found != np.round(found)) | (found < 0) | (found >= num_classes)]
+    if wrong.size:
+        return (
+            f"{path}: labels {[float(w) for w in wrong[:5]]} are outside 0 to {num_classes - 1}; map them or name every "
+            "class in --class_names"
+        )
+    return None
+
+
+def usable_cases(
+    cases: Sequence[Mapping[str, str]],
+    num_classes: int,
+    in_channels: int = 1,
+    skip: bool = False,
+    limits: Mapping[str, Any] | None = None,
+    check: bool | str = True,
+) -> list[dict[str, str]]:
+    """The cases whose files can be used, every file read and checked once.
+
+    Args:
+        cases: paths by ``"image"`` and ``"label"``.
+        num_classes, in_channels: see :func:`find_problem`.
+        skip: leave unusable cases out, with a logged error each, for cohorts at inference; default False: one unusable case
+            is an error, for training.
+        limits: arguments of :class:`monai_morse.data.grids.Limits`.
+        check: false takes all cases as they are; default True.
+
+    Raises:
+        InputError: with up to ten problems; or, when skipping, if no case is left.
+    """
+    if not parse_bool(check, "check_data"):
+        return [dict(case) for case in cases]
+    good: list[dict[str, str]] = []
+    problems: list[str] = []
+    for name in limits or {}:
+        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
+    bounds = Limits(**(limits or {}))
+    for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
+        try:
+            problem = find_problem(case, num_classes, in_channels, bounds)
+        except Exception as error:  # whatever else one file does, the others are usable
+            found = f"{type(error).__name__}: {error}"
+            problem = f"{case.get('image', case)}: cannot be checked ({found}); one readable file a case is needed"
+        if problem is None:
+            good.append(dict(case))
+        else:
+            problems.append(problem)
+    if problems and not skip:
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise InputError(f"{len(problems)} of {len(cases)} cases cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
+    for problem in problems:
+        logger.error("skipped: %s", problem)
+    if not good:
+        raise InputError("no usable case: " + (problems[0] if problems else "the list of cases is empty"))
+    return good
+
+
+def check_split(train: Sequence[Any], validation: Sequence[Any]) -> None:
+    """See that there is something to train on and something to validate on.
+
+    Raises:
+        InputError: when one is empty. Without validation no weights would ever be the best, and none be kept.
+
+    >>> check_split(["a"], [])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    monai_morse.errors.InputError: no case to validate on: of 1 case(s) at least one each is needed ...
+    """
+    for cases, what in ((train, "train"), (validation, "validate")):
+        if not cases:
+            raise InputError(
+                f"no case to {what} on: of {len(train) + len(validation)} case(s) at least one each is needed to train and to "
+                "validate; give more, or another split (MONAI Label: val_split)"
+            )
+
+
+def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:
+    """At the end of a cohort: raise an :class:`InputError` naming the cases that :func:`usable_cases` left out, if any."""
+    done = {c["image"] for c in used}
+    skipped = [c["image"] for c in cases if c["image"] not in done]
+    if skipped:
+        raise InputError(f"{len(skipped)} case(s) skipped, the others are done; see the log for why: {', '.join(skipped)}")
