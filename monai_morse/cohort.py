@@ -12,6 +12,7 @@ from typing import Any
 from ignite.engine import Engine, Events
 from torch.utils.data import SequentialSampler
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import find_input_error
 
 __all__ = ["run_scans"]
@@ -48,6 +49,7 @@ class _Watch:
         logger.debug(self.reason, exc_info=error)
 
 
+@typed_arguments
 def run_scans(evaluator: Any, from_start: bool = False) -> list[dict[str, Any]]:
     """Run an evaluator on all cases of its dataset; one that fails is logged by name and left out.
 
