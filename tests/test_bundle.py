@@ -240,6 +240,17 @@ def test_every_cell_trains_from_the_command_lines_words(experts, renderer, msd, 
     assert ("mixture" in own) == (experts != "none") and ("renderer" in own) == (renderer != "none")
 
 
+def test_the_papers_preset_trains_by_equation_4(msd, tmp_path):
+    words = {"bundle_root": str(BUNDLE), "dataset_dir": str(msd), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    words |= {"preset": "paper", "width": 8, "max_epochs": 2, "num_folds": 3, "patch_size": [16, 16, 16]}
+    workflow = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", logging_file=False, meta_file=None, **words)
+    workflow.initialize()
+    workflow.run()
+    assert workflow.parser.get_parsed_content("loss").weight == pytest.approx(0.1 * (4 - 2) / 4)  # at the last of 4 iterations
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {"classifier", "mixture", "renderer"} <= {k.split(".")[0] for k in state}
+
+
 def test_datasets_from_elsewhere_train_without_a_listing_and_the_last_epoch_is_validated(msd, tmp_path):
     cases = msd_cases(msd, "all")  # as MONAI Label gives them, with a dataset_dir of its own
     words = {"bundle_root": str(BUNDLE), "dataset_dir": str(tmp_path), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
