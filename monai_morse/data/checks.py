@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import NormalizeIntensity
 from tqdm import tqdm
 
 from monai_morse.config import check_choice, parse_bool
@@ -39,22 +39,24 @@ def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
         return f"expected {wanted}, got shape {voxels.shape}; split or stack its channels"
     if voxels.dtype.kind not in "biuf":
         return f"voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
-    if not np.isfinite(voxels).all():
-        count = int(voxels.size - np.isfinite(voxels).sum())
-        return f"{count} voxels are NaN or infinite; repair or remove the scan"
     with np.errstate(over="ignore"):
-        single = voxels.astype(np.float32)
-    if not np.isfinite(single).all():
-        return f"values up to {np.abs(voxels).max():.3g} are beyond single precision; write the scan in its own units"
-    for channel in [single] if in_channels == 1 else np.moveaxis(single, -1, 0):
+        single = torch.from_numpy(voxels.T.astype(np.float32, order="C"))  # NIfTI's first axis varies fastest
+    if not math.isfinite(float(single.sum())):
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        if count:
+            return f"{count} voxels are NaN or infinite; repair or remove the scan"
+        if not torch.isfinite(single).all():
+            return f"values up to {np.abs(voxels).max():.3g} are beyond single precision; write the scan in its own units"
+    for channel in [single] if in_channels == 1 else single:
         low, high = float(channel.min()), float(channel.max())
         if low == high:
             return f"every voxel is {low:.6g}, so there is nothing to see; give the scan as it was taken"
-        # asked of what networks are fed with, in its precision
-        normalised = torch.as_tensor(NormalizeIntensity()(torch.from_numpy(channel)))
+        # what NormalizeIntensity does, in its precision
+        std, mean = torch.std_mean(channel, correction=0)
+        normalised = (channel - mean) / std
         if not abs(float(normalised.std(correction=0)) - 1) < 0.01:
             return f"values from {low:.6g} to {high:.6g} cannot be normalised in single precision; rescale the scan"
-        sample = normalised.flatten()[:: max(1, normalised.numel() // 1_000_000)]
+        sample = normalised.reshape(-1)[:: max(1, normalised.numel() // 1_000_000)]
         if float(torch.quantile(sample, 0.995) - torch.quantile(sample, 0.005)) < 1e-3:
             return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; remove the few that lie apart"
     return None
