@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -167,13 +168,14 @@ def usable_cases(
     return good
 
 
-def check_split(train: Sequence[Any], validation: Sequence[Any]) -> None:
-    """See that there is something to train on and something to validate on.
+def check_split(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
+    """See that there is something to train on and something else to validate on.
 
     Raises:
-        InputError: when one is empty. Without validation no weights would ever be the best, and none be kept.
+        InputError: when one is empty, as without validation no weights would ever be the best, and none be kept; when an image
+            is in both, by whatever spelling.
 
-    >>> check_split(["a"], [])  # doctest: +ELLIPSIS
+    >>> check_split([{"image": "a.nii.gz"}], [])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     monai_morse.errors.InputError: no case to validate on: of 1 case(s) at least one each is needed ...
     """
@@ -183,6 +185,10 @@ def check_split(train: Sequence[Any], validation: Sequence[Any]) -> None:
                 f"no case to {what} on: of {len(train) + len(validation)} case(s) at least one each is needed to train and to "
                 "validate; give more, or another split (MONAI Label: val_split)"
             )
+    trained_on = {os.path.realpath(case["image"]) for case in train}
+    common = [case["image"] for case in validation if os.path.realpath(case["image"]) in trained_on]
+    if common:
+        raise InputError(f"{len(common)} image(s) to train and to validate on at once, such as {common[0]}; list each once")
 
 
 def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:
