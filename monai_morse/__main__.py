@@ -11,7 +11,7 @@ import monai
 import torch
 
 from monai_morse import __version__
-from monai_morse.errors import InputError
+from monai_morse.errors import ending, say_how_to_go_on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,9 +37,24 @@ def main(arguments: list[str] | None = None) -> int:
     mpmri.add_argument("--out", required=True, help="folder to write")
     mpmri.add_argument("--pattern", help="where scans are: '{patient}/*{phase}*'; default: the usual layouts are tried")
     mpmri.add_argument("--label_pattern", help="where masks are: '{patient}/mask'; default: the usual layouts are tried")
-    mpmri.add_argument("--phases", default="separate", help="separate: a case a phase; channels: three channels of one case")
-    mpmri.add_argument("--label_values", type=int, nargs="+", help="labels that are liver; default: the only one there is")
-    mpmri.add_argument("--phase_words", nargs="+", default=[], metavar="WORD=PHASE", help="more words for phases: ph1=pre")
+    mpmri.add_argument("--phases", default="separate", help="separate: a case a phase; channels: all as channels of one case")
+    mpmri.add_argument(
+        "--label_values", nargs="+", help="of the liver, 5, or of several: liver=5 kidneys=2,3; default: the only one"
+    )
+    more = "more words for phases, or more phases: ph1=pre del=delayed"
+    mpmri.add_argument("--phase_words", nargs="+", default=[], metavar="WORD=PHASE", help=more)
+    chaos = sources.add_parser("chaos", help="CHAOS as downloaded: MRI, 4 organs; CT, liver", formatter_class=formatter)
+    chaos.add_argument("--source", required=True, help="folder that CHAOS_Train_Sets was unpacked to")
+    chaos.add_argument("--out", required=True, help="folder to write")
+    chaos.add_argument("--modality", nargs="+", default=["t2spir"], help="of t2spir, t1in, t1out and ct, or all")
+    chaos.add_argument("--organs", nargs="+", help="of liver, right_kidney, left_kidney, spleen; default: all that are masked")
+    chaos.add_argument("--phases", default="separate", help="separate, or channels: t1in and t1out as channels of one case")
+    hcc = sources.add_parser("liverhccseg", help="LiverHccSeg as downloaded: MRI in four phases", formatter_class=formatter)
+    hcc.add_argument("--source", required=True, help="folder that nifti_and_segms was unpacked to")
+    hcc.add_argument("--out", required=True, help="folder to write")
+    hcc.add_argument("--phases", default="separate", help="separate: a case a phase; channels: four channels of one case")
+    hcc.add_argument("--rater", type=int, default=1, help="whose masks, 1 or 2")
+    hcc.add_argument("--tumor", action="store_true", help="tumors as a class of their own, not as liver")
     synapse = sources.add_parser("synapse", help="BTCV's RawData, or what TransUNet's authors made", formatter_class=formatter)
     synapse.add_argument("--source", required=True, help="folder with img and label, or train_npz and test_vol_h5, or above it")
     synapse.add_argument("--out", required=True, help="folder to write")
@@ -71,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     args = parser.parse_args(arguments)
+    say_how_to_go_on("the same command starts again")
     try:
         if args.command == "phantom":
             from monai_morse.prepare import write_ct_phantom, write_phantom
@@ -86,6 +102,14 @@ def main(arguments: list[str] | None = None) -> int:
 
             words = dict(word.split("=", 1) if "=" in word else (word, "") for word in args.phase_words)
             print(prepare_mpmri(args.source, args.out, args.pattern, args.label_pattern, args.phases, args.label_values, words))
+        elif args.command == "prepare" and args.kind == "chaos":
+            from monai_morse.prepare import prepare_chaos
+
+            print(prepare_chaos(args.source, args.out, args.modality, args.organs, args.phases))
+        elif args.command == "prepare" and args.kind == "liverhccseg":
+            from monai_morse.prepare import prepare_liverhccseg
+
+            print(prepare_liverhccseg(args.source, args.out, args.phases, args.rater, args.tumor))
         elif args.command == "wrap":
             from monai_morse.wrap import wrap_bundle
 
@@ -99,9 +123,12 @@ def main(arguments: list[str] | None = None) -> int:
             from monai_morse.experiments.report import report as make_report
 
             print(make_report(args.runs, args.out, args.metric, args.against, args.save))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        line = ending(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

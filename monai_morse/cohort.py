@@ -7,11 +7,13 @@ vanishes, memory that runs out, a transform, a network or a writer that fails on
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from ignite.engine import Engine, Events
 from torch.utils.data import SequentialSampler
 
+from monai_morse.data import case_names
 from monai_morse.errors import find_input_error
 
 __all__ = ["run_scans"]
@@ -48,6 +50,13 @@ class _Watch:
         logger.debug(self.reason, exc_info=error)
 
 
+def named(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cases with names, those of :func:`monai_morse.data.case_names` where they have none."""
+    if all("name" in case for case in cases):
+        return list(cases)
+    return [{**case, "name": name} for case, name in zip(cases, case_names([case["image"] for case in cases]))]
+
+
 def run_scans(evaluator: Any, from_start: bool = False) -> list[dict[str, Any]]:
     """Run an evaluator on all cases of its dataset; one that fails is logged by name and left out.
 
@@ -61,6 +70,7 @@ def run_scans(evaluator: Any, from_start: bool = False) -> list[dict[str, Any]]:
         the cases that were done.
     """
     loader, dataset = evaluator.data_loader, evaluator.data_loader.dataset
+    dataset.data = named(dataset.data)
     if not isinstance(loader.sampler, SequentialSampler):
         evaluator.run()
         return list(dataset.data)

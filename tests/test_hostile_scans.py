@@ -142,6 +142,12 @@ SCANS |= {
 }
 
 
+def remarked(content):
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(content))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient moved"))
+    return gzip.compress(image.to_bytes())
+
+
 def half(content):
     return content[: len(content) // 2]
 
@@ -152,6 +158,7 @@ def other_checksum(content):
 
 # what was made of the plain scan's file, and what must be said of it
 FILES = {
+    "with a remark in its header": (remarked, DONE),
     "cut in half": (half, "cannot be read, truncated"),
     "cut in its header": (lambda c: gzip.compress(gzip.decompress(c)[:200]), "cannot be read"),
     "header alone": (lambda c: gzip.compress(gzip.decompress(c)[:352]), "cannot be read, truncated"),
@@ -163,10 +170,24 @@ FILES = {
     "not compressed": (gzip.decompress, "cannot be read"),
 }
 ROWS = [*SCANS, *FILES]
+UNCOMPRESSED = (
+    "qform alone",
+    "one slice, oblique",
+    "big endian",
+    "NIfTI-2",
+    "scaled integers",
+    "a NaN",
+    "random 3",
+    "random 5",
+)
 
 
 def file_name(row):
     return re.sub(r"\W+", "_", row)
+
+
+def scan_file(row):
+    return file_name(row) + (".nii" if row in UNCOMPRESSED else ".nii.gz")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +195,7 @@ def cohort(tmp_path_factory):
     """All rows in one folder, and what each bundle said and wrote: {bundle: (folder, lines, error)}."""
     folder = tmp_path_factory.mktemp("hostile")
     for row, (changes, *_) in SCANS.items():
-        write_scan(folder / "scans" / f"{file_name(row)}.nii.gz", **changes)
+        write_scan(folder / "scans" / scan_file(row), **changes)
     for row, (spoil, _) in FILES.items():
         (folder / "scans" / f"{file_name(row)}.nii.gz").write_bytes(spoil((folder / "scans/plain.nii.gz").read_bytes()))
     results = {}
@@ -203,7 +224,7 @@ class heard:
 def test_a_scan_is_done_on_its_own_grid_or_refused_by_name(row, cohort):
     scans, results = cohort
     outcome = SCANS[row][1] if row in SCANS else FILES[row][1]
-    scan = scans / f"{file_name(row)}.nii.gz"
+    scan = scans / scan_file(row)
     for bundle, (out, lines, error) in results.items():
         found = out / f"{file_name(row)}_seg.nii.gz"
         told = [line for line in lines if f"/{scan.name}" in line]

@@ -17,7 +17,7 @@ from monai_morse.__main__ import main
 from monai_morse.data import dicom_scans, msd_cases, read_scan, usable_cases
 from monai_morse.data.dicom import reoriented
 from monai_morse.errors import InputError
-from monai_morse.prepare import mpmri, phantom_mpmri, prepare_mpmri, stand_ins, write_phantom
+from monai_morse.prepare import msd, phantom_mpmri, prepare_mpmri, stand_ins, write_phantom
 
 PHASES = ("pre", "arterial", "venous")
 OBLIQUE = np.array([[0.99, -0.14, 0, -30], [0.14, 0.99, 0, 12], [0, 0, 3, 7], [0, 0, 0, 1]])
@@ -107,8 +107,9 @@ def test_a_pattern_and_words_of_ones_own(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| p2 | yes | yes | yes |" in said and "6 cases of 2 patients" in said
     assert "p9-x/d/ph4-b: neither a scan nor a mask by the patterns" in said
-    assert main([*command, *own, "--phase_words", "ph1=late"]) == 1
-    assert "must be one of ('pre', 'arterial', 'venous'), got 'late'" in capsys.readouterr().err
+    for word in ("ph1", "ph1=", "=pre", "ph1=a/b"):
+        assert main([*command, *own, "--phase_words", word]) == 1
+        assert "a word of the files' names and the phase it means, del=delayed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("phases, cases, held", [("separate", 60, 12), ("channels", 20, 4)])
@@ -157,6 +158,73 @@ def test_a_mask_in_another_orientation_or_with_other_values_is_the_same_liver(tm
     assert np.array_equal(label.dataobj, mask(1).dataobj) and np.allclose(label.affine, OBLIQUE, atol=1e-4)
     prepare_mpmri(source, tmp_path / "out", label_values=[5, 255])
     assert np.array_equal(nib.load(tmp_path / "out/labelsTr/p2_pre.nii.gz").dataobj, mask(2).dataobj)
+
+
+@pytest.mark.parametrize("phases", ["separate", "channels"])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"in-phase": "in", "out of phase": "out"},
+        {"T2": "t2", "native": "pre", "art": "arterial", "venous": "venous", "del": "delayed", "20 min": "hepatobiliary"},
+        {f"ph{i}": f"dynamic{i}" for i in range(1, 12)},
+        {"pre": "pre"},
+    ],
+    ids=["two", "six", "eleven", "one"],
+)
+def test_phases_of_any_names_and_number_are_prepared(named, phases, tmp_path):
+    source = tmp_path / "s"
+    images = {word: scan(1, "pre").get_fdata() + i for i, word in enumerate(named)}
+    for patient, (word, image) in itertools.product(("p1", "p2"), images.items()):
+        save(nib.Nifti1Image(image.astype(np.int16), OBLIQUE), source / patient / f"t1_{word.replace(' ', '_')}_tra.nii.gz")
+        save(mask(1), source / patient / "mask.nii.gz")
+    said = prepare_mpmri(source, tmp_path / "out", phases=phases, phase_words=named)
+    assert "0 left out" in said and f"{2 * len(named) if phases == 'separate' else 2} cases of 2 patients" in said
+    content = listing(tmp_path / "out")
+    if phases == "separate":
+        assert {e["phase"] for e in content["training"]} == set(named.values())
+        for word, phase in named.items():
+            assert np.array_equal(nib.load(tmp_path / f"out/imagesTr/p2_{phase}.nii.gz").dataobj, images[word])
+        return
+    order = [c.removeprefix("MRI, ") for c in content["modality"].values()]
+    assert sorted(order) == sorted(named.values())
+    stacked = nib.load(tmp_path / "out/imagesTr/p2.nii.gz").get_fdata().reshape(*images[word].shape, -1)
+    for i, phase in enumerate(order):
+        assert np.array_equal(stacked[..., i], next(images[w] for w, p in named.items() if p == phase))
+    assert len(usable_cases(msd_cases(tmp_path / "out", "all"), 2, in_channels=len(named))) == 2
+
+
+@pytest.mark.parametrize(
+    "values", [["liver=5", "kidneys=2,3"], {"liver": 5, "kidneys": [2, 3]}, {"liver": "5", "kidneys": "2 3"}]
+)
+def test_several_organs_of_a_mask_are_classes_by_name(values, tmp_path):
+    source = write(tmp_path / "s", "{patient}/{phase}.nii.gz", "{patient}/mask.nii.gz")
+    stored, expected = (np.asarray(mask(1, value=v).dataobj).copy() for v in (5, 1))
+    for place, value, label in (((6, 6, 3), 2, 2), ((6, 7, 3), 3, 2), ((6, 8, 3), 1, 0)):
+        stored[place], expected[place] = value, label
+    save(nib.Nifti1Image(stored, OBLIQUE), source / "p1/mask.nii.gz")
+    save(mask(2, value=3), source / "p2/mask.nii.gz")  # of whom the kidney alone was drawn
+    said = prepare_mpmri(source, tmp_path / "out", label_values=values)
+    assert "6 cases of 2 patients" in said
+    assert listing(tmp_path / "out")["labels"] == {"0": "background", "1": "liver", "2": "kidneys"}
+    assert np.array_equal(nib.load(tmp_path / "out/labelsTr/p1_pre.nii.gz").dataobj, expected)
+    assert np.array_equal(nib.load(tmp_path / "out/labelsTr/p2_pre.nii.gz").dataobj, mask(2, value=2).dataobj)
+
+
+def test_values_of_labels_that_cannot_be_are_refused(tmp_path, capsys):
+    source = write(tmp_path / "s", "{patient}/{phase}.nii.gz", "{patient}/mask.nii.gz")
+    command = ["prepare", "mpmri", "--source", str(source), "--out", str(tmp_path / "out"), "--label_values"]
+    for words, message in (
+        (["5", "spleen=1"], "values of the liver, 5 6, or named ones, liver=5 spleen=1, got"),
+        (["liver=five"], "values of labels are whole numbers, as in liver=5 kidneys=2,3; got"),
+        (["liver=1.5"], "values of labels are whole numbers"),
+        (["liver=5", "spleen=5"], "each class needs a name and values of its own, not 0"),
+        (["liver=0"], "each class needs a name and values of its own, not 0"),
+        (["=1"], "each class needs a name and values of its own, not 0"),
+        (["liver="], "each class needs a name and values of its own, not 0"),
+        (["liver=7", "spleen=8"], "no voxel of liver or spleen among its labels [1]"),
+    ):
+        assert main([*command, *words]) == 1, words
+        assert message in capsys.readouterr().err, words
 
 
 def nan(source):
@@ -240,10 +308,10 @@ def test_killed_it_lists_nothing_and_the_next_run_is_whole(tmp_path, monkeypatch
         calls.append(path)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        mpmri_save(image, path)
+        save(image, path)
 
-    mpmri_save = mpmri._save
-    monkeypatch.setattr(mpmri, "_save", killed)
+    save = msd.save
+    monkeypatch.setattr(msd, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare_mpmri(source, tmp_path / "out")
     with pytest.raises(InputError, match="lists no training cases"):

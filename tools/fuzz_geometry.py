@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from monai_morse.data import usable_cases
+from monai_morse.data import scan_name, usable_cases
 from monai_morse.errors import InputError, find_input_error
 from monai_morse.prepare import prepare_mpmri, prepare_synapse
 from monai_morse.prepare.synapse import TEST, TRAIN
@@ -255,10 +255,11 @@ def write_random(path: Path, rng: np.random.Generator, **changes: Any) -> None:
     except (nib.spatialimages.HeaderDataError, OverflowError, ValueError):  # what cannot be written at all
         write_scan(path)
     if rng.random() < 0.2:
-        content = bytearray(gzip.decompress(path.read_bytes()))
+        packed = path.name.endswith(".gz")
+        content = bytearray(gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
         for place in rng.integers(40, 352, rng.integers(1, 4)):
             content[place] = rng.integers(0, 256)
-        path.write_bytes(gzip.compress(bytes(content), 1))
+        path.write_bytes(gzip.compress(bytes(content), 1) if packed else bytes(content))
     if rng.random() < 0.03:
         content = bytearray(path.read_bytes())
         content[rng.integers(0, len(content))] ^= 1 << rng.integers(0, 8)
@@ -296,7 +297,7 @@ def _check_overlay(scan: Path, found: Path) -> None:
 
 def try_inference(folder: Path, rng: np.random.Generator) -> Counter:
     """Scans, each done on its grid or refused by name."""
-    scans = [folder / "scans" / f"s{i}_.nii.gz" for i in range(8)]
+    scans = [folder / "scans" / f"s{i}_.nii{rng.choice(['', '.gz'])}" for i in range(8)]
     for scan in scans:
         write_random(scan, rng, **random_header(rng))
     bundle = str(rng.choice(list(CLASSES)))
@@ -308,7 +309,7 @@ def try_inference(folder: Path, rng: np.random.Generator) -> Counter:
         except InputError as error:
             refused = str(error)
     for scan in scans:
-        found = folder / "out" / scan.name.replace(".nii", "_seg.nii")
+        found = folder / "out" / f"{scan_name(scan)}_seg.nii.gz"
         if found.exists():
             _check_grid(scan, found)
             if "hippocampus" in bundle:

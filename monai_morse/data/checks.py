@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import NormalizeIntensity
 from tqdm import tqdm
 
 from monai_morse.config import check_choice, parse_bool
@@ -39,22 +40,24 @@ def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
         return f"expected {wanted}, got shape {voxels.shape}; split or stack its channels"
     if voxels.dtype.kind not in "biuf":
         return f"voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
-    if not np.isfinite(voxels).all():
-        count = int(voxels.size - np.isfinite(voxels).sum())
-        return f"{count} voxels are NaN or infinite; repair or remove the scan"
     with np.errstate(over="ignore"):
-        single = voxels.astype(np.float32)
-    if not np.isfinite(single).all():
-        return f"values up to {np.abs(voxels).max():.3g} are beyond single precision; write the scan in its own units"
-    for channel in [single] if in_channels == 1 else np.moveaxis(single, -1, 0):
+        single = torch.from_numpy(voxels.T.astype(np.float32, order="C"))  # NIfTI's first axis varies fastest
+    if not math.isfinite(float(single.sum())):
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        if count:
+            return f"{count} voxels are NaN or infinite; repair or remove the scan"
+        if not torch.isfinite(single).all():
+            return f"values up to {np.abs(voxels).max():.3g} are beyond single precision; write the scan in its own units"
+    for channel in [single] if in_channels == 1 else single:
         low, high = float(channel.min()), float(channel.max())
         if low == high:
             return f"every voxel is {low:.6g}, so there is nothing to see; give the scan as it was taken"
-        # asked of what networks are fed with, in its precision
-        normalised = torch.as_tensor(NormalizeIntensity()(torch.from_numpy(channel)))
+        # what NormalizeIntensity does, in its precision
+        std, mean = torch.std_mean(channel, correction=0)
+        normalised = (channel - mean) / std
         if not abs(float(normalised.std(correction=0)) - 1) < 0.01:
             return f"values from {low:.6g} to {high:.6g} cannot be normalised in single precision; rescale the scan"
-        sample = normalised.flatten()[:: max(1, normalised.numel() // 1_000_000)]
+        sample = normalised.reshape(-1)[:: max(1, normalised.numel() // 1_000_000)]
         if float(torch.quantile(sample, 0.995) - torch.quantile(sample, 0.005)) < 1e-3:
             return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; remove the few that lie apart"
     return None
@@ -165,13 +168,14 @@ def usable_cases(
     return good
 
 
-def check_split(train: Sequence[Any], validation: Sequence[Any]) -> None:
-    """See that there is something to train on and something to validate on.
+def check_split(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
+    """See that there is something to train on and something else to validate on.
 
     Raises:
-        InputError: when one is empty. Without validation no weights would ever be the best, and none be kept.
+        InputError: when one is empty, as without validation no weights would ever be the best, and none be kept; when an image
+            is in both, by whatever spelling.
 
-    >>> check_split(["a"], [])  # doctest: +ELLIPSIS
+    >>> check_split([{"image": "a.nii.gz"}], [])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     monai_morse.errors.InputError: no case to validate on: of 1 case(s) at least one each is needed ...
     """
@@ -181,6 +185,10 @@ def check_split(train: Sequence[Any], validation: Sequence[Any]) -> None:
                 f"no case to {what} on: of {len(train) + len(validation)} case(s) at least one each is needed to train and to "
                 "validate; give more, or another split (MONAI Label: val_split)"
             )
+    trained_on = {os.path.realpath(case["image"]) for case in train}
+    common = [case["image"] for case in validation if os.path.realpath(case["image"]) in trained_on]
+    if common:
+        raise InputError(f"{len(common)} image(s) to train and to validate on at once, such as {common[0]}; list each once")
 
 
 def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ REPEATS = ("fold", "seed")
 FILES = {"metrics.csv": ".csv.gz", "curve.csv": ".curves.csv.gz", "boundary.csv": ".boundary.csv.gz"}  # of a run, of a table
 # options of the network's groups that bundles name at the left margin, or that older networks took by themselves
 UNGROUPED = {"mixture": ("width", "coarse"), "head": ("image_patch", "patch_norm", "read_features")}
+WORDS = {"train_points": "points#num_train", "eval_points": "points#num_eval"}  # what bundles call them
 
 Rows = list[dict[str, str]]
 
@@ -184,6 +185,11 @@ def read_runs(source: str | Path, metric: str = "paper") -> tuple[list[Run], lis
         if not {"case", "class", *METRICS[metric]} <= figures[0].keys():
             needed = ", ".join(METRICS[metric])
             raise InputError(f"{raw.place} has no columns {needed}; evaluate again, or take another --metric")
+        for name, columns in (("metrics.csv", ("case", "class")), ("boundary.csv", ("case", "from_mm", "to_mm"))):
+            rows = Counter(tuple(row.get(column, "") for column in columns) for row in raw.files[name])
+            twice = next((row for row, count in rows.items() if count > 1), None)
+            if twice:
+                raise InputError(f"{name} of {raw.place}: several rows of {', '.join(twice)}; cases need names: evaluate again")
         settings = _settings(raw.record)
         try:
             values = {
@@ -208,7 +214,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings, each by one name, whether its bundle has a word for it or not and wherever the network takes it."""
 
     def short(name: str) -> str:
-        name = name.removeprefix("network_def#")
+        name = WORDS.get(name, name.removeprefix("network_def#"))
         group, _, word = name.rpartition("#")
         return word if word in UNGROUPED.get(group, ()) else name
 

@@ -1,5 +1,7 @@
-"""Making data sets before training: multi-phasic MRI, Synapse (BTCV), synthetic phantoms."""
+"""Making data sets before training: CHAOS, LiverHccSeg, Synapse (BTCV), multi-phasic MRI of your own, synthetic phantoms."""
 
+from .chaos import prepare_chaos
+from .liverhccseg import prepare_liverhccseg
 from .mpmri import prepare_mpmri
 from .phantom import write_phantom
 from .phantom_ct import write_ct_phantom
@@ -8,6 +10,8 @@ from .synapse import prepare_synapse
 
 __all__ = [
     "phantom_mpmri",
+    "prepare_chaos",
+    "prepare_liverhccseg",
     "prepare_mpmri",
     "prepare_synapse",
     "synapse_phantom",

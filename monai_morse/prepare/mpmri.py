@@ -1,4 +1,4 @@
-"""``prepare mpmri``: multi-phasic MRI as groups have it, patients with phases and a liver mask, to the MSD layout.
+"""``prepare mpmri``: multi-phasic MRI as groups have it, patients with phases and masks of organs, to the MSD layout.
 
 A pattern says where the files are, relative to the source folder. ``{patient}`` and ``{phase}`` stand for what their names say,
 ``{label}`` for a word that masks are called by, ``*`` for anything within one name; extensions are left out. A series of a
@@ -8,36 +8,31 @@ folder with several goes by its number and description. ``{patient}/*{phase}*`` 
 
 from __future__ import annotations
 
-import csv
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from monai_morse.config import check_choice
-from monai_morse.data.cases import claim_folder, write_listing
-from monai_morse.data.checks import voxel_fault
-from monai_morse.data.dicom import dicom_scans, reoriented
-from monai_morse.data.files import atomic_write, scan_name
-from monai_morse.data.grids import Limits, grid_misfit
-from monai_morse.data.scans import read_scan
+from monai_morse.data.dicom import dicom_scans
+from monai_morse.data.files import is_nifti, scan_name
 from monai_morse.errors import InputError
 
-from .phantom import PHASES
+from .msd import Case, check_folders, load_mask, stack_channels, write_cases
 
 __all__ = ["prepare_mpmri"]
 
 NAME = "multi-phasic liver MRI, prepared by monai_morse"
 PHASE_WORDS = {
-    "pre": ("pre", "precontrast", "native", "nativ", "nc", "noncontrast", "plain", "unenhanced"),
+    "pre": ("pre", "pre contrast", "native", "nativ", "nc", "non contrast", "plain", "unenhanced"),
     "arterial": ("arterial", "art"),
-    "venous": ("venous", "ven", "portal", "portalvenous", "pv", "pvp"),
+    "venous": ("venous", "ven", "portal", "portal venous", "pv", "pvp"),
 }
 LABEL_WORDS = ("mask", "masks", "label", "labels", "labelstr", "seg", "segmentation", "segmentations", "gt", "roi")
 PATTERNS = (
@@ -81,11 +76,22 @@ class _Layout(NamedTuple):
         return sum(len(files) == 1 == len(self.mask(*key)) for key, files in self.scans.items())
 
 
-def _one_of(words: Sequence[str]) -> str:
-    """A regular expression for one of the words, case aside, as a word of its own: ``art`` in ``t1_Art2``, not in ``part``."""
-    spaced = {"portalvenous": "portal[ _-]*venous", "precontrast": "pre[ _-]*contrast", "noncontrast": "non[ _-]*contrast"}
-    choices = "|".join(spaced.get(w, re.escape(w)) for w in sorted(words, key=len, reverse=True))
-    return rf"(?<![^\W\d_])(?i:{choices})(?![^\W\d_])"
+def _plain(word: str) -> str:
+    return re.sub("[ _-]", "", word.lower())
+
+
+def _one_of(words: Iterable[str]) -> str:
+    """A regular expression for one of the words, case and separators aside, as a word of its own.
+
+    >>> [bool(re.search(_one_of(["art", "late ven", "ph1"]), n)) for n in ("t1_Art2", "part", "LATE_ven", "ph1", "ph12")]
+    [True, False, True, True, False]
+    """
+    choices = []
+    for word in sorted(words, key=len, reverse=True):
+        spelled = "[ _-]*".join(re.escape(part) for part in re.split("[ _-]+", word) if part)
+        before, after = (r"(?<!\d)" if word[:1].isdigit() else "", r"(?!\d)" if word[-1:].isdigit() else "")
+        choices.append(f"{before}{spelled}{after}")
+    return rf"(?<![^\W\d_])(?i:{'|'.join(choices)})(?![^\W\d_])"
 
 
 def _expression(pattern: str, phase_words: Sequence[str]) -> re.Pattern[str]:
@@ -112,12 +118,13 @@ def _expression(pattern: str, phase_words: Sequence[str]) -> re.Pattern[str]:
 
 def _found(pattern: str, files: Sequence[str], phases: Mapping[str, str]) -> Files:
     expression = _expression(pattern, list(phases))
+    known = {_plain(word): phase for word, phase in phases.items()}
     found: Files = {}
     for file in files:
         match = expression.fullmatch(file)
         if match:
             word = match.groupdict().get("phase") or ""
-            key = match["patient"], phases[re.sub("[ _-]", "", word.lower())] if word else ""
+            key = match["patient"], known[_plain(word)] if word else ""
             found.setdefault(key, []).append(file)
     return found
 
@@ -128,7 +135,7 @@ def _files(source: Path) -> dict[str, str]:
     for place, folders, files in os.walk(source):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in sorted(files):
-            if file.endswith((".nii", ".nii.gz")) and not file.startswith("."):
+            if is_nifti(file):
                 found[(Path(place).relative_to(source) / scan_name(file)).as_posix()] = str(Path(place) / file)
     return found | dicom_scans(source)
 
@@ -151,49 +158,42 @@ def _layout(files: Sequence[str], pattern: str | None, label_pattern: str | None
     return max(layouts, key=lambda y: (y.complete(), sum(len(files) == 1 for files in y.scans.values())))
 
 
-def _scan(path: str) -> Any:
-    """A scan as 16-bit integers where they hold it, else as float32."""
-    image = read_scan(path, Limits())
-    voxels = np.asanyarray(image.dataobj)
-    fault = voxel_fault(voxels)
-    if fault:
-        raise InputError(f"{path}: {fault}")
-    with np.errstate(invalid="ignore"):  # of numbers beyond 16 bits, which are then not equal
-        whole = voxels.astype(np.int16)
-    return nib.Nifti1Image(whole if np.array_equal(whole, voxels) else voxels.astype(np.float32), image.affine)
+def _classes(label_values: Mapping[str, Any] | Sequence[int | str] | None) -> dict[str, tuple[int, ...]]:
+    """Values of a mask by the name of their class; none where they are not said.
+
+    >>> _classes([5]), _classes(["liver=5", "kidneys=2,3"]), _classes(None)
+    ({'liver': (5,)}, {'liver': (5,), 'kidneys': (2, 3)}, {'liver': ()})
+    """
+    if label_values is None:
+        return {"liver": ()}
+    if not isinstance(label_values, Mapping):
+        words = [str(v) for v in label_values]
+        if len({"=" in w for w in words}) != 1:
+            raise InputError(f"--label_values takes values of the liver, 5 6, or named ones, liver=5 spleen=1, got {words}")
+        label_values = dict(w.split("=", 1) for w in words) if "=" in words[0] else {"liver": words}
+    try:
+        classes = {n: tuple(int(w) for w in re.findall(r"[^\s,'()\[\]]+", str(v))) for n, v in label_values.items()}
+    except ValueError as error:
+        raise InputError(f"values of labels are whole numbers, as in liver=5 kidneys=2,3; got {label_values}") from error
+    values = [v for c in classes.values() for v in c]
+    if not all(classes) or not all(classes.values()) or len(set(values)) < len(values) or min(values) < 1:
+        raise InputError(f"each class needs a name and values of its own, not 0, as in liver=5 kidneys=2,3; got {classes}")
+    return classes
 
 
-def _mask(path: str, scan: Any, values: Sequence[int] | None) -> Any:
-    """The liver as 1 on the scan's grid, from a mask that may be stored in another orientation."""
-    stored = read_scan(path, Limits())
-    mask = reoriented(stored, scan) if stored.ndim == 3 else stored
-    misfit = grid_misfit(mask.shape, mask.affine, scan.shape[:3], scan.affine)
-    if misfit:
-        raise InputError(f"{path}: {misfit}; resample the mask to the scan")
-    classes = np.asanyarray(mask.dataobj)
-    found = np.unique(classes[classes != 0]).tolist()
-    if values is None and len(found) > 1:
-        raise InputError(f"{path}: labels {found[:8]}; say which of them are liver, e.g. --label_values {found[0]:g}")
-    liver = np.isin(classes, found if values is None else values)
-    if not liver.any():
-        raise InputError(f"{path}: no voxel of liver among its labels {found[:8]}")
-    return nib.Nifti1Image(liver.astype(np.uint8), scan.affine)
-
-
-def _channels(paths: Sequence[str]) -> Any:
-    """The phases of a patient as the channels of one scan."""
-    scans = [_scan(p) for p in paths]
-    for i, path in enumerate(paths[1:], start=1):
-        scans[i] = reoriented(scans[i], scans[0])
-        misfit = grid_misfit(scans[i].shape, scans[i].affine, scans[0].shape, scans[0].affine)
-        if misfit:
-            raise InputError(f"{path}: {misfit}, {paths[0]}; register the phases, or take --phases separate")
-    return nib.Nifti1Image(np.stack([np.asarray(s.dataobj) for s in scans], axis=-1), scans[0].affine)
-
-
-def _save(image: Any, path: Path) -> None:
-    with atomic_write(path) as partial:
-        nib.save(image, partial)
+def _label(path: str, scan: Any, classes: Mapping[str, Sequence[int]]) -> Any:
+    """The classes as 1, 2, .. on the scan's grid."""
+    mask = load_mask(path, scan)
+    found = np.unique(mask[mask != 0]).tolist()
+    if len(found) > 1 and not all(classes.values()):
+        example = f"--label_values {found[0]:g}, or name several, liver={found[0]:g} spleen={found[1]:g}"
+        raise InputError(f"{path}: labels {found[:8]}; say which of them are liver, e.g. {example}")
+    label = np.zeros(mask.shape, np.uint8)
+    for number, values in enumerate(classes.values(), start=1):
+        label[np.isin(mask, values or found)] = number
+    if not label.any():
+        raise InputError(f"{path}: no voxel of {' or '.join(classes)} among its labels {found[:8]}")
+    return nib.Nifti1Image(label, scan.affine)
 
 
 def _once(kind: str, files: Sequence[str]) -> str:
@@ -204,25 +204,25 @@ def _once(kind: str, files: Sequence[str]) -> str:
     return files[0]
 
 
-def _check_out(source: Path, out: Path) -> None:
-    if not source.is_dir():
-        raise InputError(f"no folder at {source}; give the folder of the patients with --source")
-    if out == source or source in out.parents or out in source.parents:
-        raise InputError(f"{out} and {source} lie in one another; give another folder with --out")
-    claim_folder(out, NAME, "prepared scans")
+def _read(
+    files: Mapping[str, str], layout: _Layout, classes: Mapping[str, Sequence[int]], patient: str, phases: Sequence[str]
+) -> tuple[Any, Any]:
+    paths = [files[_once(f"{p} scan", layout.scans.get((patient, p), []))] for p in phases]
+    mask = files[_once("mask", layout.mask(patient, phases[0]))]
+    scan = stack_channels(paths)
+    return scan, _label(mask, scan, classes)
 
 
-def _list_cases(out: Path, phases: str, training: list[dict]) -> None:
-    channels = ["MRI"] if phases == "separate" else [f"MRI, {p}" for p in PHASES]
-    content = {
-        "name": NAME,
-        "tensorImageSize": "3D" if phases == "separate" else "4D",
-        "modality": {str(i): c for i, c in enumerate(channels)},
-        "labels": {"0": "background", "1": "liver"},
-        "numTraining": len(training),
-        "training": training,
-    }
-    write_listing(out, content)
+def _words(phase_words: Mapping[str, str] | None) -> dict[str, str]:
+    """The words that phases are known by, those of the user last: their phases."""
+    words = {word: phase for phase, group in PHASE_WORDS.items() for word in group}
+    for word, phase in (phase_words or {}).items():
+        if not _plain(word) or not re.fullmatch(r"[\w.-]+", phase):
+            raise InputError(
+                f"--phase_words takes a word of the files' names and the phase it means, del=delayed, got {word!r}={phase!r}"
+            )
+        words = {w: p for w, p in words.items() if _plain(w) != _plain(word)} | {word: phase}
+    return words
 
 
 def prepare_mpmri(
@@ -231,10 +231,10 @@ def prepare_mpmri(
     pattern: str | None = None,
     label_pattern: str | None = None,
     phases: str = "separate",
-    label_values: Sequence[int] | None = None,
+    label_values: Mapping[str, Any] | Sequence[int | str] | None = None,
     phase_words: Mapping[str, str] | None = None,
 ) -> str:
-    """Write the MSD layout from patients' phases and liver masks, NIfTI or DICOM; what cannot be used is left out and said.
+    """Write the MSD layout from patients' phases, NIfTI or DICOM, and masks; what cannot be used is left out and said.
 
     ``dataset.json`` lists each case with its patient, by whom folds are drawn, and its phase. Run again, it starts anew.
 
@@ -243,10 +243,13 @@ def prepare_mpmri(
         out: folder to write: new, empty, or of an earlier preparation.
         pattern: where the scans are, e.g. ``"{patient}/{phase}.nii.gz"``, see the module; default: the usual layouts are tried.
         label_pattern: where the masks are, one a patient or, with ``{phase}``, one a scan; default: as for ``pattern``.
-        phases: ``"separate"`` (default), a one-channel case each, or ``"channels"``, pre, arterial and venous of one case, for
-            which a patient must have all three on one grid.
-        label_values: voxels of the mask that are liver; default: all that are not 0, if they have one value.
-        phase_words: further words for phases, e.g. ``{"ph1": "pre"}``.
+        phases: ``"separate"`` (default), a one-channel case each, or ``"channels"``, all phases found as the channels of one
+            case, for which a patient must have all on one grid.
+        label_values: voxels of the mask that are liver, ``[5]``, or those of several classes by name, ``{"liver": 5,
+            "kidneys": [2, 3]}`` or ``["liver=5", "kidneys=2,3"]``, which become labels 1, 2, ..; default: all that are not 0
+            are liver, if they have one value.
+        phase_words: further words for phases, of these or of any other name, e.g. ``{"ph1": "pre", "del": "delayed"}``;
+            without them pre, arterial and venous are known.
 
     Returns:
         a table of the patients and, below it, what was left out and why, which ``out/skipped.csv`` has too.
@@ -256,13 +259,10 @@ def prepare_mpmri(
     """
     source, out = Path(source).resolve(), Path(out).resolve()
     check_choice("phases", phases, ("separate", "channels"))
-    words = {word: phase for phase, group in PHASE_WORDS.items() for word in group}
-    for word, phase in (phase_words or {}).items():
-        check_choice("the phase of a word", phase, PHASES)
-        words[re.sub("[ _-]", "", word.lower())] = phase
+    words, classes = _words(phase_words), _classes(label_values)
     if pattern and "{phase}" not in pattern:
         raise InputError(f"the pattern of scans needs {{phase}}, e.g. '{{patient}}/{{phase}}', got {pattern!r}")
-    _check_out(source, out)
+    check_folders(source, out, NAME)
     files = _files(source)
     layout = _layout(list(files), pattern, label_pattern, words)
     patients = sorted({patient for patient, _ in layout.scans})
@@ -276,43 +276,14 @@ def prepare_mpmri(
     names = {p: re.sub(r"[^\w.-]+", "_", p) for p in patients}
     if len(set(names.values())) < len(names):
         raise InputError(f"patients {patients} would share file names; give them names of letters and digits")
-
-    _list_cases(out, phases, [])
-    for folder in ("imagesTr", "labelsTr"):
-        (out / folder).mkdir(exist_ok=True)
-        for file in (out / folder).glob("*.nii.gz"):  # an earlier preparation's
-            file.unlink()
-    training: list[dict] = []
-    skipped: list[tuple[str, str, str]] = []
-    table: list[str] = ["| patient | " + " | ".join(PHASES) + " |", "| --- " * (1 + len(PHASES)) + "|"]
-    for patient in tqdm(patients, desc="patients", unit="patient", disable=None):
-        done = dict.fromkeys(PHASES, "yes")
-        for group in [PHASES] if phases == "channels" else [(p,) for p in PHASES]:
-            case = names[patient] if phases == "channels" else f"{names[patient]}_{group[0]}"
-            image, label = f"imagesTr/{case}.nii.gz", f"labelsTr/{case}.nii.gz"
-            try:
-                paths = [files[_once(f"{p} scan", layout.scans.get((patient, p), []))] for p in group]
-                mask_path = files[_once("mask", layout.mask(patient, group[0]))]
-                scan = _scan(paths[0]) if phases == "separate" else _channels(paths)
-                mask = _mask(mask_path, scan, label_values)
-                _save(mask, out / label)
-                _save(scan, out / image)
-            except Exception as error:  # whatever one patient's files do, the others are usable
-                reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-                skipped.append((patient, " ".join(group), reason))
-                done.update(dict.fromkeys(group, "-"))
-                continue
-            entry = {"image": f"./{image}", "label": f"./{label}", "patient": patient}
-            training.append(entry | ({"phase": group[0]} if phases == "separate" else {}))
-        table.append(f"| {patient} | " + " | ".join(done.values()) + " |")
+    found = [p for p in dict.fromkeys(words.values()) if any(phase == p for _, phase in layout.scans)]
+    cases = [
+        Case(names[patient] if phases == "channels" else f"{names[patient]}_{group[0]}", patient, group, read)
+        for patient in patients
+        for group in ([tuple(found)] if phases == "channels" else [(p,) for p in found])
+        for read in [partial(_read, files, layout, classes, patient, group)]
+    ]
     known = set(itertools.chain(*layout.scans.values(), *layout.masks.values()))
-    skipped += [("", "", f"{file}: neither a scan nor a mask by the patterns") for file in files if file not in known]
-    with atomic_write(out / "skipped.csv") as partial, open(partial, "w", newline="") as stream:
-        csv.writer(stream).writerows([("patient", "phase", "reason"), *skipped])
-    if not training:
-        few = "; ".join(": ".join(s).strip(": ") for s in skipped[:5])
-        raise InputError(f"no case can be used: {few}; {out / 'skipped.csv'} says of all why")
-    _list_cases(out, phases, training)
-    used = len({e["patient"] for e in training})
-    table += ["", f"{len(training)} cases of {used} patients in {out}, {len(skipped)} left out (skipped.csv)"]
-    return "\n".join(table + [f"- {' '.join(s[:2]).strip()}: {s[2]}".replace("- : ", "- ") for s in skipped[:30]])
+    unused = [f"{file}: neither a scan nor a mask by the patterns" for file in files if file not in known]
+    channels = ["MRI"] if phases == "separate" else [f"MRI, {p}" for p in found]
+    return write_cases(out, {"name": NAME}, channels, list(classes), cases, unused)
