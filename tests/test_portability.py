@@ -108,7 +108,7 @@ BROKEN = {
     "pickle": (stands_in_a_function(), "pickle"),
     "script": (has_an_untyped_argument, "failed to compile"),
     "trace": (keeps_a_value_of_the_traced_input, "768 of 768 voxels differ"),
-    "export": (branches_on_values, "data-dependent"),
+    "export": (branches_on_values, "data-dependent|Dynamic control flow"),
     "compile": (knows_that_it_is_compiled, "768 of 768 voxels differ"),
     "one graph": (breaks_the_graph, "graph_break"),
     "onnx": (knows_that_it_is_compiled, "768 of 768 voxels differ"),
