@@ -71,7 +71,11 @@ SCANS = {
     "qform alone": ({"affine": SCANNER, "sform_code": 0}, DONE),
     "sform alone": ({"affine": SCANNER, "qform_code": 0}, DONE),
     "sform of Talairach space": ({"affine": SCANNER, "sform_code": 3}, DONE),
-    "no orientation": ({"sform_code": 0, "qform_code": 0}, DONE, "tells no orientation .*LAS is taken"),
+    "no orientation": (
+        {"sform_code": 0, "qform_code": 0, "pixdim": (0.7, 3.3, 1.1)},
+        DONE,
+        "tells no orientation .*LAS is taken",
+    ),
     "sform and qform disagree": ({"affine": SCANNER, "qform": FLIPPED}, DONE, "qform puts voxels up to .* the sform counts"),
     "sform and qform mirrored": ({"affine": affine(1, 1, 1, flip=(0,)), "qform": CLEAN}, DONE, "the sform counts"),
     "pixdim of another size": (
@@ -239,6 +243,8 @@ def test_a_scan_is_done_on_its_own_grid_or_refused_by_name(row, cohort):
         image, seg = nib.load(scan), nib.load(found)
         assert seg.shape == image.shape
         assert np.abs(seg.affine - image.affine).max() <= 1e-6
+        told = [any(int(i.header[code]) for code in ("sform_code", "qform_code")) for i in (image, seg)]
+        assert told[0] == told[1]
         marked = np.asarray(seg.dataobj) == 1
         if bundle == BUNDLES[0] and marked.size > 10:  # the others see too coarsely for scans this small
             truth = bright(image.shape)
