@@ -84,7 +84,7 @@ def typed_arguments(function: F) -> F:
     """Let a function, or a class's ``__init__``, take a command line's words: MONAI hands on ``--amp false`` as a string.
 
     An argument annotated as ``bool``, ``int`` or ``float``, alone or beside ``None`` or a sequence of numbers, becomes what its
-    word means in YAML, or an :class:`InputError` that names it.
+    word means in YAML, or an :class:`InputError` that names it. One that may be a ``str`` too is left as it is.
 
     >>> @typed_arguments
     ... def crop(sides: int | Sequence[int], pad: bool = False, limit: float | None = None):
@@ -123,10 +123,12 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     kinds = typing.get_args(hint) if is_union else (hint,)
     if type(None) in kinds and (value is None or isinstance(value, str) and value.lower() in ("null", "~")):
         return None
+    if str in kinds:
+        return value
     if bool in kinds:
         return parse_bool(value, name)
     if isinstance(value, (list, tuple)):
         items = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is Sequence]
         return [parse_number(v, name, items[0]) for v in value] if items and items[0] in (int, float) else value
     numbers = [k for k in (float, int) if k in kinds]
-    return parse_number(value, name, numbers[0]) if numbers and str not in kinds else value
+    return parse_number(value, name, numbers[0]) if numbers else value
