@@ -118,6 +118,17 @@ def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1
     return None
 
 
+def limits_of(words: Mapping[str, Any] | None) -> Limits:
+    """The limits that a config's words give.
+
+    Raises:
+        InputError: for a word that there is not.
+    """
+    for name in words or {}:
+        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
+    return Limits(**(words or {}))
+
+
 def usable_cases(
     cases: Sequence[Mapping[str, str]],
     num_classes: int,
@@ -143,9 +154,7 @@ def usable_cases(
         return [dict(case) for case in cases]
     good: list[dict[str, str]] = []
     problems: list[str] = []
-    for name in limits or {}:
-        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
-    bounds = Limits(**(limits or {}))
+    bounds = limits_of(limits)
     for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
         try:
             problem = find_problem(case, num_classes, in_channels, bounds)
