@@ -11,7 +11,7 @@ import monai
 import torch
 
 from monai_morse import __version__
-from monai_morse.errors import InputError
+from monai_morse.errors import ending, say_how_to_go_on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     args = parser.parse_args(arguments)
+    say_how_to_go_on("the same command starts again")
     try:
         if args.command == "phantom":
             from monai_morse.prepare import write_ct_phantom, write_phantom
@@ -122,9 +123,12 @@ def main(arguments: list[str] | None = None) -> int:
             from monai_morse.experiments.report import report as make_report
 
             print(make_report(args.runs, args.out, args.metric, args.against, args.save))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        line = ending(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

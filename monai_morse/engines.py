@@ -12,7 +12,7 @@ from monai.engines import default_prepare_batch
 from nibabel.orientations import io_orientation
 from torch import Tensor
 
-from monai_morse.config import check_choice
+from monai_morse.config import check_choice, typed_arguments
 from monai_morse.errors import InputError
 
 __all__ = ["prepare_batch_with_points", "window_to_scan"]
@@ -20,6 +20,7 @@ __all__ = ["prepare_batch_with_points", "window_to_scan"]
 COORDINATES = ("window", "volume")
 
 
+@typed_arguments
 def prepare_batch_with_points(
     batchdata: Any,
     device: Any = None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from monai_morse.config import check_choice, parse_bool
+from monai_morse.config import check_choice, typed_arguments
 from monai_morse.engines import COORDINATES, window_to_scan
 from monai_morse.errors import InputError
 
@@ -39,12 +39,13 @@ class MorseInferer(Inferer):
     torch.Size([1, 2, 12, 10, 8])
     """
 
+    @typed_arguments
     def __init__(
         self,
         inferer: Inferer | None = None,
         coordinates: str = "window",
         scale: int | Sequence[int] = 1,
-        amp: bool | str = False,
+        amp: bool = False,
     ) -> None:
         super().__init__()
         check_choice("coordinates", coordinates, COORDINATES)
@@ -111,6 +112,7 @@ class FineGridInferer(Inferer):
             of the image's; 1 changes nothing.
     """
 
+    @typed_arguments
     def __init__(self, inferer: Inferer, scale: int | Sequence[int] = 2) -> None:
         super().__init__()
         self.inferer = inferer
@@ -119,7 +121,7 @@ class FineGridInferer(Inferer):
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         dims = inputs.ndim - 2
         scale = list(self.scale) if isinstance(self.scale, Sequence) else [self.scale] * dims
-        if len(scale) != dims or any(not isinstance(s, int) or s < 1 for s in scale):
+        if len(scale) != dims or any(s < 1 for s in scale):
             raise InputError(f"scale must be a whole number from 1 on, or {dims} of them, got {self.scale!r}")
         if all(s == 1 for s in scale):
             return self.inferer(inputs, network, *args, **kwargs)
@@ -151,10 +153,11 @@ class AutocastInferer(Inferer):
     torch.float32
     """
 
-    def __init__(self, inferer: Inferer, enabled: bool | str = True) -> None:
+    @typed_arguments
+    def __init__(self, inferer: Inferer, enabled: bool = True) -> None:
         super().__init__()
         self.inferer = inferer
-        self.enabled = parse_bool(enabled, "amp")
+        self.enabled = enabled
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
         trained_on_cpu = self.enabled and inputs.device.type == "cpu" and torch.is_grad_enabled()

@@ -11,7 +11,7 @@ from monai.losses import DeepSupervisionLoss, DiceCELoss
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
-from monai_morse.config import check_choice
+from monai_morse.config import check_choice, typed_arguments
 from monai_morse.errors import InputError
 from monai_morse.networks import MorseOutput
 from monai_morse.networks.points import gather_points
@@ -85,6 +85,7 @@ class MorseLoss(nn.Module):
     True
     """
 
+    @typed_arguments
     def __init__(
         self, weight: float = LAMBDA_REND, loss: Callable[[Any, Tensor], Tensor] | None = None, multilabel: bool = False
     ) -> None:

@@ -8,6 +8,7 @@ import torch
 from monai.networks.nets import UNETR, BasicUNet, UNet
 from torch import nn
 
+from monai_morse.config import typed_arguments
 from monai_morse.handlers import RenderSchedule
 from monai_morse.losses import MorseLoss
 from monai_morse.networks import Morse, TransUNet, UNet3D
@@ -28,6 +29,7 @@ class PaperSetup(NamedTuple):
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
+@typed_arguments
 def paper_setup(
     backbone: nn.Module,
     experts: str = "stochastic",

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 import logging
 import os
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.networks.utils import copy_model_state
 from torch import Tensor, nn
 
-from monai_morse.config import parse_bool
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 from monai_morse.networks import Morse, TransUNet
 
 __all__ = ["LoadedWeights", "load_matching", "load_vit", "read_checkpoint"]
 
 logger = logging.getLogger(__name__)
+REFUSED = re.compile(r"Unsupported global: GLOBAL ([\w.]+)|but got <class '([\w.]+)'>")
+ANOTHER = "take another checkpoint, e.g. one that a fresh start kept as model_last.previous.pt, or train anew"
+COMPILED = "is a compiled network (TorchScript), not a checkpoint; give the .pt file with its weights"
 BACKBONE = "decoder.backbone."  # where a Morse keeps its backbone
 
 
@@ -52,23 +61,89 @@ def _modules(names: list[str]) -> str:
     return ", ".join([*list(found)[:4], *(["..."] if len(found) > 4 else [])])
 
 
-def read_checkpoint(path: str | Path, device: torch.device | None = None) -> Any:
-    """What ``torch.save`` wrote, with ``weights_only=True``: tensors and plain values, nothing that could run.
+def read_checkpoint(path: str | Path, device: torch.device | str = "cpu", name: str | Path | None = None) -> Any:
+    """What ``torch.save`` wrote: tensors, plain values and numpy's numbers and arrays, nothing that could run.
+
+    Args:
+        path: the file; its checksums are compared, which torch does not do.
+        device: where tensors go; default the CPU.
+        name: what errors call it; default ``path``.
 
     Raises:
-        InputError: when the file is missing or unreadable.
+        InputError: when it is missing, empty, truncated, damaged or no checkpoint, or holds an object of another kind.
     """
+    name = name or path
+    if os.path.isdir(path):
+        raise InputError(f"{name} is a folder, not a checkpoint; give a file in it, e.g. {os.path.join(name, 'model.pt')}")
     if not os.path.isfile(path):
-        raise InputError(f"no checkpoint at {path}; train first, or give the path of one")
+        raise InputError(f"no checkpoint at {name}; train first, or give the path of one")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            head = file.read(4)
+        if not head:
+            raise InputError(f"{name} is empty, 0 bytes; {ANOTHER}")
+        if not head.startswith((b"PK", b"\x80")):  # a zip archive, or before torch 1.6 a pickle
+            raise InputError(f"{name} is no checkpoint: torch.save did not write it; give the file that it wrote")
+        if head.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+        with _allowed(_numpys()):
+            content = torch.load(path, map_location=device, weights_only=True)
+    except (InputError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        raise InputError(f"{path} cannot be read as a checkpoint of weights only: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{name} {_fault(error)}") from error
+    if isinstance(content, torch.jit.ScriptModule):  # before torch 2.6
+        raise InputError(f"{name} {COMPILED}")
+    return content
 
 
-def load_matching(
-    network: nn.Module, source: str | Path | Mapping[str, Any], freeze_backbone: bool | str = False
-) -> LoadedWeights:
+def _fault(error: Exception) -> str:
+    """What is wrong with a file that ``torch.load`` failed on, and the remedy."""
+    refused = REFUSED.search(str(error))
+    if refused:
+        return (
+            f"holds a {refused[1] or refused[2]}, which is not read, for it could run code; if you trust its source, load it "
+            "with torch.load(.., weights_only=False) and torch.save its state dict alone"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror}); see to its disk and permissions"
+    return COMPILED if "TorchScript" in str(error) else f"is truncated or damaged; copy it again, or {ANOTHER}"
+
+
+@contextmanager
+def _allowed(kinds: list[Any]) -> Iterator[None]:
+    """``torch.serialization.safe_globals``, which torch before 2.5 lacks."""
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals(kinds)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _numpys() -> list[Any]:
+    """What pickled numbers and arrays are made of, under the names that numpy 1 and 2 give it."""
+
+    def under(module: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def alias(*args: Any) -> Any:
+            return function(*args)
+
+        alias.__module__, alias.__name__, alias.__qualname__ = module, function.__name__, function.__name__
+        return alias
+
+    core = np.core if np.__version__.startswith("1.") else np._core  # type: ignore[attr-defined]
+    functions = core.multiarray.scalar, core.multiarray._reconstruct
+    aliases = [under(m, f) for f in functions for m in ("numpy.core.multiarray", "numpy._core.multiarray")]
+    kinds = {type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDGSUmM"}  # not O, of any object
+    return [*aliases, np.dtype, np.ndarray, *kinds, codecs.encode]  # encode: of their bytes, as torch.save pickles them
+
+
+@typed_arguments
+def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any], freeze_backbone: bool = False) -> LoadedWeights:
     """Fill what fits by name and shape: a bare backbone's weights into any cell around it, one cell's into another.
 
     Args:
@@ -93,7 +168,7 @@ def load_matching(
     82 of 119 entries loaded; 37 new (mixture, renderer)
     """
     name = "the checkpoint" if isinstance(source, Mapping) else str(source)
-    state = source if isinstance(source, Mapping) else read_checkpoint(source, torch.device("cpu"))
+    state = source if isinstance(source, Mapping) else read_checkpoint(source)
     for key in ("model", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
@@ -117,7 +192,7 @@ def load_matching(
         )
     copy_model_state(network, {k: best[k] for k in matched})
     new = [k for k in wanted if k not in matched]
-    if parse_bool(freeze_backbone, "freeze_backbone"):
+    if freeze_backbone:
         if not isinstance(network, Morse):
             raise InputError(f"freeze_backbone needs a Morse, this is a {type(network).__name__}")
         network.freeze_backbone()

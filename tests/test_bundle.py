@@ -101,7 +101,7 @@ def test_a_network_on_slices_trains_and_is_scored_on_volumes(trained, tmp_path):
     succeed(f"['{CONFIGS}/train.yaml','{CONFIGS}/slices.yaml']", max_epochs=1, **options)
     kernels = [w for w in torch.load(tmp_path / "model.pt", weights_only=True).values() if w.ndim > 3]
     assert kernels and all(w.ndim == 4 for w in kernels)
-    succeed(slices, save_boundary_errors="true", **options)
+    succeed(slices, save_boundary_errors="true", render_scale=2, **options)
     for case in msd_cases(data, "val", num_folds=3):
         label, pred = nib.load(case["label"]), nib.load(tmp_path / "predictions" / os.path.basename(case["image"]))
         assert pred.shape == label.shape and np.allclose(pred.affine, label.affine, atol=1e-5)
@@ -238,6 +238,17 @@ def test_every_cell_trains_from_the_command_lines_words(experts, renderer, msd, 
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     own = {k.split(".")[0] for k in state}
     assert ("mixture" in own) == (experts != "none") and ("renderer" in own) == (renderer != "none")
+
+
+def test_the_papers_preset_trains_by_equation_4(msd, tmp_path):
+    words = {"bundle_root": str(BUNDLE), "dataset_dir": str(msd), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    words |= {"preset": "paper", "width": 8, "max_epochs": 2, "num_folds": 3, "patch_size": [16, 16, 16]}
+    workflow = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", logging_file=False, meta_file=None, **words)
+    workflow.initialize()
+    workflow.run()
+    assert workflow.parser.get_parsed_content("loss").weight == pytest.approx(0.1 * (4 - 2) / 4)  # at the last of 4 iterations
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {"classifier", "mixture", "renderer"} <= {k.split(".")[0] for k in state}
 
 
 def test_datasets_from_elsewhere_train_without_a_listing_and_the_last_epoch_is_validated(msd, tmp_path):

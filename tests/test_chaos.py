@@ -344,7 +344,7 @@ def test_masks_of_a_missing_in_phase_hold_for_the_out_phase_in_the_order_of_name
     check_same(tmp_path / "out/labelsTr/mr01_t1out.nii.gz", organs(1))
 
 
-def test_greys_within_an_organs_range_are_that_organ_and_a_few_strays_are_background(tmp_path):
+def test_greys_within_an_organs_range_are_that_organ_and_a_few_strays_are_background(tmp_path, caplog):
     write_mr(tmp_path / "s", 1)
     ground = tmp_path / "s" / path("t2spir")
     for file, (low, high) in zip(sorted(ground.iterdir()), itertools.cycle([(55, 240), (70, 255)])):
@@ -356,6 +356,7 @@ def test_greys_within_an_organs_range_are_that_organ_and_a_few_strays_are_backgr
     imsave(ground / f"{FILE}1.png", grey, check_contrast=False)
     prepare_chaos(tmp_path / "s", tmp_path / "out")
     check_same(tmp_path / "out/labelsTr/mr01_t2spir.nii.gz", organs(1))
+    assert "5 voxel(s) of grey values that are no organ's become background" in caplog.text
 
 
 def test_words_and_folders_that_cannot_be_are_refused_before_anything_is_written(tmp_path):

@@ -109,6 +109,11 @@ def cut(length, which=4):
     return write
 
 
+def without_preamble(folder):
+    series(folder)
+    (folder / "old").write_bytes((folder / "IM0000").read_bytes()[132:])
+
+
 def anonymised(folder):
     for file in series(folder):
         edit(file, SeriesInstanceUID="", SOPInstanceUID="", StudyInstanceUID="", SOPClassUID=MR)
@@ -273,6 +278,10 @@ FOLDERS = {
         lambda f: edit(series(f)[0], "wide", Rows=12, PixelData=bytes(2 * 12 * 20)),
         "one kind: wide is .* 12 rows",
     ),
+    "a slice of another frame of reference": (
+        edits(slice(4, 5), FrameOfReferenceUID="1.2.3"),
+        "one kind: IM.* is .*frame of reference 1.2.3",
+    ),
     "in colour": (edits(SamplesPerPixel=3, PhotometricInterpretation="RGB"), "is in colour"),
     "ultrasound": (edits(SOPClassUID=ULTRASOUND), "Ultrasound Image Storage, which is not read; CT, MR and PET"),
     "a stack of frames without functional groups": (multiframe(MR), "9 frames and 0 functional groups .* never guessed"),
@@ -291,6 +300,8 @@ FOLDERS = {
     # --- files
     "a file cut short": (cut(-100), "IM.* of its 9 files cannot be decoded, truncated"),
     "a file cut in its header": (cut(600), "8 slices are not evenly spaced"),
+    "a file without its preamble": (without_preamble, DONE),
+    "tags alone": (cut(-2 * 20 * 24 - 12), "IM.* of its 9 files cannot be decoded"),
 }
 
 
@@ -326,6 +337,9 @@ def test_a_folder_is_done_where_its_slices_lie_or_refused_by_name(row, cohort):
 def test_what_is_left_out_is_named(cohort):
     _, lines, _ = cohort
     assert any(re.search("a_secondary_capture.*1 DICOM file.s. that are secondary captures.*such as capture", x) for x in lines)
+    assert any(
+        re.search("a_file_without_its_preamble.*1 DICOM file.s. without a readable image.*such as old", x) for x in lines
+    )
     assert any(re.search("a_file_cut_in_its_header.*1 DICOM file.s. without a readable image.*such as IM", x) for x in lines)
 
 

@@ -16,11 +16,11 @@ from conftest import ROOT, real_data, write_dicom, write_msd
 from monai.bundle import ConfigParser, ConfigWorkflow
 from warm import TORCHRUN, bundle_run, run_module
 
-import monai_morse.data
+import monai_morse.prepare
 from monai_morse.data import dicom_scans, msd_cases, read_scan
 from monai_morse.errors import find_input_error
 from monai_morse.losses import render_weight
-from monai_morse.prepare import mpmri, phantom_mpmri, prepare_mpmri, write_phantom
+from monai_morse.prepare import phantom_mpmri, prepare_mpmri, stand_ins, write_phantom
 
 BUNDLE = ROOT / "bundles" / "liver_mpmri_morse"
 CONFIGS = BUNDLE / "configs"
@@ -191,8 +191,8 @@ def test_without_weights_inference_says_what_to_do(liver, tmp_path):
 
 
 def test_without_data_it_runs_on_a_phantom_of_its_own(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(mpmri, "write_phantom", partial(write_phantom, spacing=(10.0, 10.0, 10.0)))
-    monkeypatch.setattr(monai_morse.data, "phantom_mpmri", lambda out: phantom_mpmri(out, patients=2))
+    monkeypatch.setattr(stand_ins, "write_phantom", partial(write_phantom, spacing=(10.0, 10.0, 10.0)))
+    monkeypatch.setattr(monai_morse.prepare, "phantom_mpmri", lambda out: phantom_mpmri(out, patients=2))
     words = {"bundle_root": str(tmp_path), "backbone": "unet3d", "spacing": [8.0, 8.0, 8.0], "num_folds": 2}
     run_here("train", ["train"], **words)
     assert "taking synthetic scans, a phantom" in caplog.text

@@ -330,6 +330,17 @@ def test_a_setting_of_the_network_is_the_same_by_its_bundles_word_and_by_its_pla
     assert all(row.difference(0) is not None for name, row in rows.items() if name != "Baseline")
 
 
+@pytest.mark.parametrize("word, option", [("train_points", "num_train"), ("eval_points", "num_eval")])
+def test_points_have_one_name_by_the_bundles_word_and_by_the_networks(word, option, tmp_path):
+    rng = np.random.default_rng(0)
+    for i, name in enumerate((word, f"network_def#points#{option}")):
+        write_run(tmp_path / f"m{i}", rng, seed=i, renderer="anatomical", **{name: 9})
+        write_run(tmp_path / f"b{i}", rng, seed=i, **{name: i})  # nothing to a bare network
+    write_run(tmp_path / "other", rng, renderer="anatomical", **{word: 2})
+    rows = {row.name: len(row.runs) for row in rows_of(read_runs(tmp_path)[0])[0]}
+    assert rows == {"Baseline": 2, "+ IAR": 2, f"+ IAR, {option} 2": 1}
+
+
 def test_what_is_said_to_the_network_itself_counts_and_not_the_bundles_word(tmp_path):
     rng = np.random.default_rng(0)
     first = {"network_def#head#patch_norm": True, "patch_norm": False}

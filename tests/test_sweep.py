@@ -4,13 +4,17 @@ import json
 import os
 import platform
 import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from monai_morse import InputError
 from monai_morse.__main__ import main
-from monai_morse.experiments.sweep import parse_options, plan_sweep, run_cell, run_sweep
+from monai_morse.experiments.sweep import DIE_WITH_PARENT, parse_options, plan_sweep, run_cell, run_sweep
 
 TRAIN = """
 imports: [$from pathlib import Path]
@@ -52,6 +56,17 @@ def test_a_value_inside_a_name_is_recorded_too(bundle, tmp_path):
     cells = plan_sweep(bundle, {"network_def#points": [1, 2]}, tmp_path / "runs", {})
     assert [cell.record["settings"]["network_def#points"] for cell in cells] == [1, 2]
     assert [cell.folder.name for cell in cells] == ["network_def.points-1", "network_def.points-2"]
+
+
+def test_what_the_preset_decides_is_recorded(tmp_path):
+    toy = ROOT / "bundles" / "hippocampus_mri_morse"
+    cells = plan_sweep(toy, {"preset": ["light", "paper"], "stride": [1, 2]}, tmp_path, {"eval_points": 9})
+    words = ("width", "patch_norm", "learning_rate", "schedule", "eval_points")
+    found = [tuple(cell.record["settings"].get(word) for word in words) for cell in cells]
+    light = [(16, norm, 0.002, "scratch", 9) for norm in (False, True)]
+    assert found == [*light, *[(None, None, 0.0005, "ramp", 9)] * 2]
+    (cell,) = plan_sweep(toy, {"fold": [0]}, tmp_path, {}, ["slices.yaml"])
+    assert [cell.record["settings"][word] for word in ("image_patch", "patch_norm", "batch_size")] == [7, True, 8]
 
 
 def test_a_file_that_lies_over_the_training_has_names_and_is_told_and_recorded(bundle, tmp_path, capsys):
@@ -153,6 +168,30 @@ def test_a_stopped_cell_takes_its_training_along(bundle, tmp_path, monkeypatch):
     assert status(cell.folder) == "training"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's own means are Linux's")
+def test_a_cell_whose_process_is_killed_takes_its_training_along():
+    code = f"""
+import os, subprocess, sys, time
+words = [sys.executable, "-S", "-c", {DIE_WITH_PARENT!r}, str(os.getpid()), "sleep", "60"]
+print(subprocess.Popen(words).pid, flush=True)
+time.sleep(60)
+"""
+    cell = subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE, text=True)
+    command = Path(f"/proc/{int(cell.stdout.readline())}/cmdline")
+
+    def soon(true):
+        deadline = time.time() + 20
+        while not true() and time.time() < deadline:
+            time.sleep(0.05)
+        return true()
+
+    assert soon(lambda: command.read_bytes().startswith(b"sleep"))
+    cell.kill()
+    cell.wait()
+    cell.stdout.close()
+    assert soon(lambda: not command.is_file() or not command.read_bytes())  # gone, or waiting to be reaped
+
+
 def test_a_dry_run_prints_what_would_be_started(bundle, tmp_path, capsys):
     words = ["sweep", "--bundle", str(bundle), "--out", str(tmp_path / "runs"), "--dry_run"]
     assert main([*words, "--grid", "experts=[none,dense]", "--set", "weights=/w.pt dataset_dir=/data/x"]) == 0
@@ -189,3 +228,81 @@ def test_no_bundle_and_no_ray_are_told(bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(InputError, match="pip install ray"):
         run_sweep(plan_sweep(bundle, {"fold": [0]}, tmp_path / "runs", {}))
+
+
+# a training of ten short epochs that resumes as the bundles' do; it tells where it runs
+STUB = """#!{python} -S
+import os, sys, time
+words = sys.argv[1:]
+config, folder = (words[words.index(name) + 1] for name in ("--config_file", "--ckpt_dir"))
+node, state = os.environ["RAY_RAYLET_PID"], folder + "/model_last.pt"
+with open(folder + "/started.txt", "a+") as file:
+    file.seek(0)
+    alive = [line for line in file.read().splitlines() if os.path.exists("/proc/" + line.split()[3])]
+    print("evaluate" if "evaluate" in config else "train", "--resume" in words, node, os.getpid(), len(alive), file=file)
+if "evaluate" in config:
+    open(folder + "/metrics.csv", "w").write("case,class,dice\\n")
+    sys.exit()
+epochs = open(state).read().split() if "--resume" in words else []
+for epoch in range(len(epochs), 10):
+    time.sleep(0.4)
+    epochs.append(str(epoch) + "@" + node)
+    open(state + ".partial", "w").write(" ".join(epochs))
+    os.replace(state + ".partial", state)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_cell_whose_node_is_killed_goes_on_from_its_checkpoint_on_another(bundle, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ray", reason="pip install monai_morse[cluster]")
+    from ray.cluster_utils import Cluster
+
+    runs, python = tmp_path / "runs", tmp_path / "python"
+    python.write_text(STUB.format(python=sys.executable))
+    python.chmod(0o755)
+    words = {"grid": {"fold": [0, 1]}, "out": runs, "options": {}}
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", str(python))
+        cells = plan_sweep(bundle, **words)
+    monkeypatch.setattr("monai_morse.experiments.sweep.plan_sweep", lambda *args: cells)
+    quick = {f"health_check_{name}": n for name, n in {"initial_delay_ms": 0, "period_ms": 300, "failure_threshold": 3}.items()}
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "_system_config": quick})
+    lost = []
+
+    def kill():
+        """The second node, as soon as both cells have epochs behind them."""
+        states = [cell.folder / "model_last.pt" for cell in cells]
+        while not all(s.is_file() and len(s.read_text().split()) >= 3 for s in states):
+            time.sleep(0.05)
+        process = second.all_processes["raylet"][0].process
+        cluster.remove_node(second, allow_graceful=False)
+        lost.append(process.pid)
+
+    try:
+        second = cluster.add_node(**node, resources={"second": 1})
+        cluster.wait_for_nodes()
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        asked = ["sweep", "--bundle", str(bundle), "--out", str(runs), "--grid", "fold=[0,1]", "--address", cluster.address]
+        assert main(asked) == 0
+        killer.join(60)
+    finally:
+        cluster.shutdown()
+    assert "2 done (0 of them before), 0 failed" in capsys.readouterr().out
+
+    moved = 0
+    for cell in cells:
+        epochs, places = zip(*(epoch.split("@") for epoch in (cell.folder / "model_last.pt").read_text().split()))
+        assert list(epochs) == [str(n) for n in range(10)]  # none lost, none twice
+        starts = [line.split() for line in (cell.folder / "started.txt").read_text().splitlines()]
+        assert [s[0] for s in starts].count("evaluate") == 1 and status(cell.folder) == "done"
+        first = {s[2] for s in starts[:1]}
+        if str(lost[0]) in first:
+            moved += 1
+            assert [s[:2] for s in starts] == [["train", "False"], ["train", "True"], ["evaluate", "False"]]
+            assert len(set(places)) == 2 and places[0] == str(lost[0]) != places[-1]
+        else:
+            assert [s[:2] for s in starts] == [["train", "False"], ["evaluate", "False"]] and set(places) == first
+        assert {s[4] for s in starts} == {"0"}  # no training outlived its node
+    assert moved == 1

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from monai_morse.data import usable_cases
+from monai_morse.data import scan_name, usable_cases
 from monai_morse.errors import InputError, find_input_error
 from monai_morse.prepare import prepare_mpmri, prepare_synapse
 from monai_morse.prepare.synapse import TEST, TRAIN
@@ -255,10 +255,11 @@ def write_random(path: Path, rng: np.random.Generator, **changes: Any) -> None:
     except (nib.spatialimages.HeaderDataError, OverflowError, ValueError):  # what cannot be written at all
         write_scan(path)
     if rng.random() < 0.2:
-        content = bytearray(gzip.decompress(path.read_bytes()))
+        packed = path.name.endswith(".gz")
+        content = bytearray(gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
         for place in rng.integers(40, 352, rng.integers(1, 4)):
             content[place] = rng.integers(0, 256)
-        path.write_bytes(gzip.compress(bytes(content), 1))
+        path.write_bytes(gzip.compress(bytes(content), 1) if packed else bytes(content))
     if rng.random() < 0.03:
         content = bytearray(path.read_bytes())
         content[rng.integers(0, len(content))] ^= 1 << rng.integers(0, 8)
@@ -272,14 +273,15 @@ class Find(Exception):
     """Something that must not be."""
 
 
-def _check_grid(scan: Path, found: Path, squeezed: bool = False) -> None:
+def _check_grid(scan: Path, found: Path, prepared: bool = False) -> None:
+    """The same shape and affine; a prepared scan has three axes, and an sform, of float32, where its source had none."""
     image, made = nib.load(scan), nib.load(found)
     shape = image.shape
-    while squeezed and len(shape) > 3 and shape[-1] == 1:
+    while prepared and len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if made.shape != shape:
         raise Find(f"{scan.name} has shape {shape}, {found.name} {made.shape}")
-    if not np.abs(made.affine - image.affine).max() <= 1e-6:
+    if not np.abs(made.affine - image.affine).max() <= (1e-5 if prepared else 1e-6):
         raise Find(f"{scan.name} has affine {image.affine.tolist()}, {found.name} {made.affine.tolist()}")
 
 
@@ -296,7 +298,7 @@ def _check_overlay(scan: Path, found: Path) -> None:
 
 def try_inference(folder: Path, rng: np.random.Generator) -> Counter:
     """Scans, each done on its grid or refused by name."""
-    scans = [folder / "scans" / f"s{i}_.nii.gz" for i in range(8)]
+    scans = [folder / "scans" / f"s{i}_.nii{rng.choice(['', '.gz'])}" for i in range(8)]
     for scan in scans:
         write_random(scan, rng, **random_header(rng))
     bundle = str(rng.choice(list(CLASSES)))
@@ -308,7 +310,7 @@ def try_inference(folder: Path, rng: np.random.Generator) -> Counter:
         except InputError as error:
             refused = str(error)
     for scan in scans:
-        found = folder / "out" / scan.name.replace(".nii", "_seg.nii")
+        found = folder / "out" / f"{scan_name(scan)}_seg.nii.gz"
         if found.exists():
             _check_grid(scan, found)
             if "hippocampus" in bundle:
@@ -373,7 +375,7 @@ def try_mpmri(folder: Path, rng: np.random.Generator) -> Counter:
             found = folder / "out" / "imagesTr" / name
             if found.exists():
                 done += 1
-                _check_grid(folder / f"data/p{patient}/{phase}.nii.gz", found, squeezed=True)
+                _check_grid(folder / f"data/p{patient}/{phase}.nii.gz", found, prepared=True)
                 if not np.array_equal(nib.load(found).affine, nib.load(folder / "out" / "labelsTr" / name).affine):
                     raise Find(f"{name}: the label's affine is another than the image's")
             elif f"p{patient},{phase}," not in skipped:
@@ -399,7 +401,7 @@ def try_synapse(folder: Path, rng: np.random.Generator) -> Counter:
         found = folder / f"out/imagesTr/case{number:04d}.nii.gz"
         if found.exists():
             done += 1
-            _check_grid(folder / f"raw/img/img{number:04d}.nii.gz", found, squeezed=True)
+            _check_grid(folder / f"raw/img/img{number:04d}.nii.gz", found, prepared=True)
         elif f"case{number:04d}" not in said:
             raise Find(f"case {number} is neither written nor told of")
     return Counter({"synapse written": done, "synapse refused": len(numbers) - done})

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from monai_morse.config import check_choice
+from monai_morse.config import check_choice, parse_number, typed_arguments
 from monai_morse.errors import InputError
 
 from .files import atomic_write, case_names, check_writable
@@ -67,6 +67,7 @@ def msd_class_names(dataset_dir: str | Path) -> list[str]:
     return [str(labels[str(i)]) for i in range(1, len(labels))]
 
 
+@typed_arguments
 def msd_cases(
     dataset_dir: str | Path,
     split: str = "train",
@@ -124,10 +125,10 @@ def msd_cases(
         str(e.get("patient", spellings.setdefault(os.path.realpath(c["label"]), e["label"]))) for c, e in zip(cases, entries)
     ]
     patients = sorted(set(owners))
-    if not 0 <= fold < num_folds or not 2 <= num_folds <= len(patients):
-        raise InputError(
-            f"need 0 <= fold < num_folds and 2 <= num_folds <= {len(patients)} patients, got fold {fold} of {num_folds}"
-        )
+    if len(patients) < 2:
+        raise InputError(f"{root} has one patient, {patients[0]}: to train and to validate, two at least are needed; add cases")
+    parse_number(num_folds, f"{root} has {len(patients)} patients: num_folds", int, f"[2, {len(patients)}]")
+    parse_number(fold, f"fold, of {num_folds},", int, f"[0, {num_folds - 1}]")
     random.Random(seed).shuffle(patients)
     held_back = set(patients[fold::num_folds])
     return [c for c, owner in zip(cases, owners) if (owner in held_back) == (split == "val")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -10,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import NormalizeIntensity
 from tqdm import tqdm
 
-from monai_morse.config import check_choice, parse_bool
+from monai_morse.config import check_choice, parse_bool, typed_arguments
 from monai_morse.errors import InputError
 
 from .grids import Limits, grid_misfit
 from .scans import read_scan
 
-__all__ = ["check_split", "find_problem", "no_hounsfield", "raise_if_skipped", "usable_cases", "voxel_fault"]
+__all__ = ["check_classes", "check_split", "find_problem", "no_hounsfield", "raise_if_skipped", "usable_cases", "voxel_fault"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +40,24 @@ def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
         return f"expected {wanted}, got shape {voxels.shape}; split or stack its channels"
     if voxels.dtype.kind not in "biuf":
         return f"voxels of type {voxels.dtype} are no intensities; convert the scan to one number a voxel"
-    if not np.isfinite(voxels).all():
-        count = int(voxels.size - np.isfinite(voxels).sum())
-        return f"{count} voxels are NaN or infinite; repair or remove the scan"
     with np.errstate(over="ignore"):
-        single = voxels.astype(np.float32)
-    if not np.isfinite(single).all():
-        return f"values up to {np.abs(voxels).max():.3g} are beyond single precision; write the scan in its own units"
-    for channel in [single] if in_channels == 1 else np.moveaxis(single, -1, 0):
+        single = torch.from_numpy(voxels.T.astype(np.float32, order="C"))  # NIfTI's first axis varies fastest
+    if not math.isfinite(float(single.sum())):
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        if count:
+            return f"{count} voxels are NaN or infinite; repair or remove the scan"
+        if not torch.isfinite(single).all():
+            return f"values up to {np.abs(voxels).max():.3g} are beyond single precision; write the scan in its own units"
+    for channel in [single] if in_channels == 1 else single:
         low, high = float(channel.min()), float(channel.max())
         if low == high:
             return f"every voxel is {low:.6g}, so there is nothing to see; give the scan as it was taken"
-        # asked of what networks are fed with, in its precision
-        normalised = torch.as_tensor(NormalizeIntensity()(torch.from_numpy(channel)))
+        # what NormalizeIntensity does, in its precision
+        std, mean = torch.std_mean(channel, correction=0)
+        normalised = (channel - mean) / std
         if not abs(float(normalised.std(correction=0)) - 1) < 0.01:
             return f"values from {low:.6g} to {high:.6g} cannot be normalised in single precision; rescale the scan"
-        sample = normalised.flatten()[:: max(1, normalised.numel() // 1_000_000)]
+        sample = normalised.reshape(-1)[:: max(1, normalised.numel() // 1_000_000)]
         if float(torch.quantile(sample, 0.995) - torch.quantile(sample, 0.005)) < 1e-3:
             return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; remove the few that lie apart"
     return None
@@ -77,7 +79,13 @@ def no_hounsfield(voxels: np.ndarray) -> str | None:
     return f"values from {voxels.min():.3g} to {voxels.max():.3g}, {percent}"
 
 
-def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1, limits: Limits | None = None) -> str | None:
+def find_problem(
+    case: Mapping[str, str],
+    num_classes: int,
+    in_channels: int = 1,
+    limits: Limits | None = None,
+    classes: set[int] | None = None,
+) -> str | None:
     """What makes a case unusable, naming the file and the remedy; None if nothing does.
 
     Args:
@@ -85,6 +93,7 @@ def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1
         num_classes: labels must be integers in [0, num_classes - 1].
         in_channels: 1 wants a 3D image; more want a 4D image with that many along its last axis.
         limits: what a plausible scan is; default ``Limits()``.
+        classes: takes the labels that are found.
     """
     limits = limits or Limits()
     path = case["image"]
@@ -115,6 +124,8 @@ def find_problem(case: Mapping[str, str], num_classes: int, in_channels: int = 1
             f"{path}: labels {[float(w) for w in wrong[:5]]} are outside 0 to {num_classes - 1}; map them or name every "
             "class in --class_names"
         )
+    if classes is not None:
+        classes.update(int(value) for value in found)
     return None
 
 
@@ -129,6 +140,7 @@ def limits_of(words: Mapping[str, Any] | None) -> Limits:
     return Limits(**(words or {}))
 
 
+@typed_arguments
 def usable_cases(
     cases: Sequence[Mapping[str, str]],
     num_classes: int,
@@ -136,6 +148,8 @@ def usable_cases(
     skip: bool = False,
     limits: Mapping[str, Any] | None = None,
     check: bool | str = True,
+    train: Sequence[Mapping[str, str]] | None = None,
+    class_names: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """The cases whose files can be used, every file read and checked once.
 
@@ -146,23 +160,30 @@ def usable_cases(
             is an error, for training.
         limits: arguments of :class:`monai_morse.data.grids.Limits`.
         check: false takes all cases as they are; default True.
+        train: those of the cases that are trained on, the others are validated on; see :func:`check_classes`.
+        class_names: of labels 1, 2, ..
 
     Raises:
         InputError: with up to ten problems; or, when skipping, if no case is left.
     """
+    if not skip:
+        _enough_for_processes(cases, "use")
     if not parse_bool(check, "check_data"):
         return [dict(case) for case in cases]
     good: list[dict[str, str]] = []
+    classes: list[set[int]] = []
     problems: list[str] = []
     bounds = limits_of(limits)
     for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
         try:
-            problem = find_problem(case, num_classes, in_channels, bounds)
+            found: set[int] = set()
+            problem = find_problem(case, num_classes, in_channels, bounds, found)
         except Exception as error:  # whatever else one file does, the others are usable
-            found = f"{type(error).__name__}: {error}"
-            problem = f"{case.get('image', case)}: cannot be checked ({found}); one readable file a case is needed"
+            cause = f"{type(error).__name__}: {error}"
+            problem = f"{case.get('image', case)}: cannot be checked ({cause}); one readable file a case is needed"
         if problem is None:
             good.append(dict(case))
+            classes.append(found)
         else:
             problems.append(problem)
     if problems and not skip:
@@ -172,11 +193,52 @@ def usable_cases(
         logger.error("skipped: %s", problem)
     if not good:
         raise InputError("no usable case: " + (problems[0] if problems else "the list of cases is empty"))
+    if train is not None:
+        sides = [[c for case, c in zip(good, classes) if (case in train) == wanted] for wanted in (True, False)]
+        check_classes(sides[0], sides[1], class_names)
     return good
 
 
-def check_split(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
-    """See that there is something to train on and something else to validate on.
+def check_classes(train: Sequence[set[int]], validation: Sequence[set[int]], class_names: Sequence[str]) -> None:
+    """See that labels have something to learn and to validate; a class that all lack is named in a warning.
+
+    Args:
+        train: the labels found in each case to train on.
+        validation: likewise; no case is no error.
+        class_names: of labels 1, 2, ..
+
+    Raises:
+        InputError: when all labels of a side are background.
+
+    >>> check_classes([{0, 1}], [{0}], ["liver"])
+    Traceback (most recent call last):
+    monai_morse.errors.InputError: every label to validate on is empty; give cases with liver, or another fold
+    """
+    for cases, what in ((train, "train"), (validation, "validate")):
+        found = set().union(*cases)
+        lacking = [name for label, name in enumerate(class_names, 1) if cases and label not in found]
+        if lacking and len(lacking) == len(class_names):
+            remedy = f"give cases with {' or '.join(lacking)}, or another fold"
+            raise InputError(f"every label to {what} on is empty; {remedy}")
+        if lacking:
+            end = "it cannot be learned" if what == "train" else "its figures will be missing"
+            logger.warning("no label to %s on has %s: %s", what, ", ".join(lacking), end)
+
+
+def _enough_for_processes(cases: Sequence[Any], what: str) -> None:
+    """See that each of several processes has a case: an evaluator without any fails, and the others wait for it."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # of torchrun; the processes have not met yet
+    if cases and len(cases) < processes:
+        words = f"start {len(cases)} at most (torchrun --nproc_per_node={len(cases)})"
+        raise InputError(f"{len(cases)} case(s) to {what} are too few for {processes} processes; {words}, or give more cases")
+
+
+def check_split(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]] | None) -> None:
+    """See that there is something to train on and something else to validate on, of several processes for each.
+
+    Args:
+        train: cases.
+        validation: likewise, or None for a training that keeps its last weights, not its best.
 
     Raises:
         InputError: when one is empty, as without validation no weights would ever be the best, and none be kept; when an image
@@ -187,15 +249,16 @@ def check_split(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping
     monai_morse.errors.InputError: no case to validate on: of 1 case(s) at least one each is needed ...
     """
     for cases, what in ((train, "train"), (validation, "validate")):
-        if not cases:
+        if cases is not None and not cases:
             raise InputError(
-                f"no case to {what} on: of {len(train) + len(validation)} case(s) at least one each is needed to train and to "
-                "validate; give more, or another split (MONAI Label: val_split)"
+                f"no case to {what} on: of {len(train) + len(validation or [])} case(s) at least one each is needed to train "
+                "and to validate; give more, or another split (MONAI Label: val_split)"
             )
     trained_on = {os.path.realpath(case["image"]) for case in train}
-    common = [case["image"] for case in validation if os.path.realpath(case["image"]) in trained_on]
+    common = [case["image"] for case in validation or [] if os.path.realpath(case["image"]) in trained_on]
     if common:
         raise InputError(f"{len(common)} image(s) to train and to validate on at once, such as {common[0]}; list each once")
+    _enough_for_processes(validation or [], "validate on")
 
 
 def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:

@@ -45,7 +45,7 @@ SLICES = tuple(STORAGE + n for n in ("2", "4", "128"))
 READ = SLICES + tuple(STORAGE + n for n in ("2.1", "4.1", "130", "2.2", "4.4", "128.1"))
 """SOP classes that are read: those, their enhanced and their legacy converted enhanced forms"""
 IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality")
-PIXELS = ("ImageType", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames")
+PIXELS = ("ImageType", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "FrameOfReferenceUID")
 PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness")
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
@@ -72,11 +72,12 @@ def is_dicom_scan(path: str | Path) -> bool:
 
 
 def _is_dicom_file(path: Path) -> bool:
-    """By the mark that part 10 of the standard puts at byte 128; names say nothing."""
+    """By the mark that part 10 of the standard puts at byte 128, or by a first tag without it; names say nothing."""
     if path.name.startswith(".") or path.name.lower().endswith((".nii", ".nii.gz")) or not path.is_file():
         return False
     with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
+        start = file.read(132)
+    return start[128:] == b"DICM" or start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"
 
 
 def _header(file: Path) -> pydicom.Dataset:
@@ -207,6 +208,7 @@ def _planes_of(file: str, header: pydicom.Dataset) -> Iterator[Plane]:
     if header.get("SamplesPerPixel", 1) != 1:
         raise InputError(f"{name} is in colour; a scan has one number a voxel")
     kind = f"{sop_class.name}, {header.get('Rows')} rows, {header.get('Columns')} columns, "
+    kind += f"frame of reference {header.get('FrameOfReferenceUID') or 'not told'}, "
     if sop_class in SLICES and frames == 1:
         yield _plane(file, 0, kind + _image_type(header.get("ImageType")), header)
         return

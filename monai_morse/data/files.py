@@ -202,6 +202,8 @@ class AtomicNibabelWriter(NibabelWriter):
     It leaves no torn file when it is killed, see :func:`atomic_write`. Use it as ``SaveImaged(writer=AtomicNibabelWriter)``.
     """
 
+    oriented = True
+
     def set_data_array(
         self, data_array: Any, channel_dim: int | None = 0, squeeze_end_dims: bool = True, **kwargs: Any
     ) -> None:
@@ -211,15 +213,22 @@ class AtomicNibabelWriter(NibabelWriter):
 
     def set_metadata(self, meta_dict: Mapping | None, resample: bool = True, **options: Any) -> None:
         super().set_metadata(meta_dict, resample, **options)
-        rank, *shape = (int(n) for n in (meta_dict or {}).get("dim", [0]))
+        meta = meta_dict or {}
+        rank, *shape = (int(n) for n in meta.get("dim", [0]))
         if tuple(shape[:3]) == self.data_obj.shape and set(shape[3:rank]) == {1}:
             self.data_obj = self.data_obj.reshape(shape[:rank])
+        self.oriented = any(int(meta.get(code, 1)) for code in ("sform_code", "qform_code"))
 
     def write(self, filename: Any, verbose: bool = False, **obj_kwargs: Any) -> None:
         image = self.create_backend_obj(self.data_obj, affine=self.affine, dtype=self.output_dtype, **obj_kwargs)
-        image.set_sform(image.affine, code=1)
-        image.set_qform(image.affine, code=1)
-        if not np.allclose(image.get_qform(), image.affine, atol=1e-4):  # sheared: the sform alone can tell
+        affine = image.affine
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)
+        if not np.allclose(image.get_qform(), affine, atol=1e-4):  # sheared: the sform alone can tell
+            image.set_qform(None, code=0)
+        if not self.oriented and np.allclose(image.header.get_base_affine(), affine, atol=1e-4):
+            # as the scan: whatever a viewer makes of that, it makes of both
+            image.set_sform(None, code=0)
             image.set_qform(None, code=0)
         with atomic_write(filename) as partial:
             nib.save(image, partial)

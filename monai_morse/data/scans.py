@@ -79,7 +79,8 @@ def _read_nifti(path: Path, limits: Limits | None) -> nib.Nifti1Image:
     for remark in _contradictions(header, shape, affine):
         _warn_once(f"{path}: {remark}")
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
-    return nib.Nifti1Image(voxels, affine, nib.Nifti1Header(), extra={"dim": header["dim"].astype(int)})
+    stated = {name: header[name].astype(int) for name in ("dim", "sform_code", "qform_code")}  # for maps on its grid
+    return nib.Nifti1Image(voxels, affine, nib.Nifti1Header(), extra=stated)
 
 
 def _header_fault(header: Any, shape: tuple[int, ...]) -> str | None:
@@ -130,7 +131,8 @@ class ScanReader(NibabelReader):
         return super().get_data([read_scan(path) for path in img])
 
     def _get_meta_dict(self, img: Any) -> dict:
-        return {**super()._get_meta_dict(img), "dim": img.extra.get("dim", img.header["dim"].astype(int))}
+        meta = super()._get_meta_dict(img)
+        return {**meta, "dim": meta["dim"].astype(int), **img.extra}
 
 
 class LoadScand(LoadImaged):

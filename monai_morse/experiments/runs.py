@@ -38,6 +38,7 @@ REPEATS = ("fold", "seed")
 FILES = {"metrics.csv": ".csv.gz", "curve.csv": ".curves.csv.gz", "boundary.csv": ".boundary.csv.gz"}  # of a run, of a table
 # options of the network's groups that bundles name at the left margin, or that older networks took by themselves
 UNGROUPED = {"mixture": ("width", "coarse"), "head": ("image_patch", "patch_norm", "read_features")}
+WORDS = {"train_points": "points#num_train", "eval_points": "points#num_eval"}  # what bundles call them
 
 Rows = list[dict[str, str]]
 
@@ -213,7 +214,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings, each by one name, whether its bundle has a word for it or not and wherever the network takes it."""
 
     def short(name: str) -> str:
-        name = name.removeprefix("network_def#")
+        name = WORDS.get(name, name.removeprefix("network_def#"))
         group, _, word = name.rpartition("#")
         return word if word in UNGROUPED.get(group, ()) else name
 

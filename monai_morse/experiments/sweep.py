@@ -7,6 +7,7 @@ cluster, the nodes share them.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import platform
@@ -37,6 +38,15 @@ from .runs import read_run, write_curve, write_run
 __all__ = ["Cell", "parse_options", "plan_sweep", "run_sweep"]
 
 WORDS = {"experts": EXPERTS, "renderer": RENDERERS, "schedule": SCHEDULES, "preset": PRESETS}
+RETRIES = 5  # of a cell whose node is lost, or whose process is killed for its memory
+DIE_WITH_PARENT = """
+import os, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 OWN = ("bundle_root", "ckpt_dir", "output_dir", "resume")  # names that the sweep gives each cell
 
 
@@ -135,7 +145,8 @@ def plan_sweep(
         values = dict(zip(grid, combination))
         chosen = {**options, **values}
         folder = out / ("_".join(f"{n}-{v}" for n, v in values.items()).translate(_FOLDER) or "run")
-        settings = {n: v for n, v in {**plain, **chosen}.items() if n.split("#")[0] in train_config and n not in OWN}
+        known_here = {**plain, **_by_preset(train_config, chosen), **chosen}
+        settings = {n: v for n, v in known_here.items() if n.split("#")[0] in train_config and n not in OWN}
         record = {
             "bundle": bundle.name,
             "cell": values,
@@ -161,6 +172,14 @@ def plan_sweep(
     return cells
 
 
+def _by_preset(config: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Values at a config's left margin that follow from the preset."""
+    parser = ConfigParser(copy.deepcopy(dict(config)))
+    parser.update(dict(chosen))
+    names = [n for n, v in config.items() if isinstance(v, str) and v.startswith("$") and "@preset" in v and n not in chosen]
+    return {n: v for n in names if (v := parser.get_parsed_content(n)) is not None}
+
+
 _FOLDER = str.maketrans({c: "." for c in " #/\\:,[]()'\"$@*?"})
 
 
@@ -179,7 +198,8 @@ def _check_same(cell: Cell) -> None:
 def run_cell(folder: Path, record: dict[str, Any], commands: Sequence[list[str]], threads: int, cwd: str) -> str:
     """Train and evaluate one cell, its words in ``log.txt``; returns what went wrong.
 
-    A cell that is stopped (a cancelled task is interrupted by Ray) stops its training too.
+    A cell that is stopped (a cancelled task is interrupted by Ray) stops its training too, and so does one whose process is
+    killed, on Linux: Ray then starts the cell elsewhere, and its training must not be there twice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -191,9 +211,12 @@ def run_cell(folder: Path, record: dict[str, Any], commands: Sequence[list[str]]
         for i, command in enumerate(commands):
             evaluates = i == len(commands) - 1
             write_run(folder, {**record, "status": "trained" if evaluates else "training"})
+            if evaluates:
+                write_curve(folder)
             print(f"\n$ {shlex.join(command)}", file=log, flush=True)
+            words = [sys.executable, "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *command]
             process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd, env=environment, start_new_session=True
+                words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=cwd, env=environment, start_new_session=True
             )
             try:
                 while process.poll() is None:  # not wait(): Ray's interrupt would not end it
@@ -206,10 +229,13 @@ def run_cell(folder: Path, record: dict[str, Any], commands: Sequence[list[str]]
                 # a failed evaluation does not train again: its weights are there
                 write_run(folder, {**record, "status": "trained" if evaluates else "failed"})
                 return f"{'evaluation' if evaluates else 'training'} ended with exit code {process.returncode}"
-            if not evaluates:
-                write_curve(folder)
     write_run(folder, {**record, "status": "done", "seconds": round(time.time() - started, 1)})
     return ""
+
+
+def run_left(cell: Cell, threads: int, cwd: str) -> str:
+    """What is left to run of a cell, found out where it runs: Ray starts it again on another node when its own is lost."""
+    return "" if cell.done else run_cell(cell.folder, cell.record, cell.commands(), threads, cwd)
 
 
 def _last_words(folder: Path) -> str:
@@ -222,6 +248,8 @@ def _last_words(folder: Path) -> str:
 def run_sweep(cells: Sequence[Cell], cpus: int = 1, gpus: float = 0, address: str | None = None) -> list[str]:
     """Run what is not done, on Ray; returns a line for each cell that failed.
 
+    A cell whose node is lost goes on from its checkpoint on another.
+
     Args:
         cells: of :func:`plan_sweep`.
         cpus: of a run, also its threads; default 1.
@@ -233,6 +261,7 @@ def run_sweep(cells: Sequence[Cell], cpus: int = 1, gpus: float = 0, address: st
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     try:
         import ray
     except ImportError as error:
@@ -249,13 +278,15 @@ def run_sweep(cells: Sequence[Cell], cpus: int = 1, gpus: float = 0, address: st
     pending: dict[Any, Cell] = {}
     failed: list[str] = []
     try:
-        have = [ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")]
-        if address is None and (cpus > have[0] or gpus > have[1]):
-            raise InputError(f"a run asks for {cpus} CPUs and {gpus} GPUs, this machine has {have[0]:g} and {have[1]:g}")
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(run_cell)
+        nodes = [[n["Resources"].get(kind, 0) for kind in ("CPU", "GPU")] for n in ray.nodes() if n["Alive"]]
+        if not any(cpus <= have[0] and gpus <= have[1] for have in nodes):
+            lacking = f"a run asks for {cpus} CPUs and {gpus} GPUs, " + " or ".join(f"{c:g} and {g:g}" for c, g in nodes)
+            if address is None:
+                raise InputError(f"{lacking} is what this machine has")
+            print(f"{lacking} is what the cluster's nodes have; waiting for a larger one", file=sys.stderr)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(run_left)
         for cell in left:
-            ref = task.remote(cell.folder, cell.record, cell.commands(), max(1, int(cpus)), os.getcwd())
-            pending[ref] = cell
+            pending[task.remote(cell, max(1, int(cpus)), os.getcwd())] = cell
         with tqdm(total=len(cells), initial=len(cells) - len(left), desc="sweep", unit="run") as bar:
             bar.set_postfix(failed=0)
             while pending:

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
+from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 from monai.networks.utils import get_state_dict
 from torch import nn
 
-from monai_morse.config import parse_bool
+from monai_morse.config import typed_arguments
 from monai_morse.data import atomic_write
-from monai_morse.errors import InputError
+from monai_morse.errors import InputError, say_how_to_go_on
+from monai_morse.networks import Morse
 from monai_morse.weights import load_matching, read_checkpoint
 
 __all__ = ["BestModel", "LastModel", "TrainingState", "WeightsLoader"]
 
 logger = logging.getLogger(__name__)
+PATIENCE = 8.0  # seconds for the processes of a training that was killed to end, as torch's do within five
 
 
 @idist.one_rank_only()
 def _save(obj: Any, path: Path) -> None:
+    memory = io.BytesIO()  # to a file, torch hides what the disk says
+    torch.save(obj, memory)
     with atomic_write(path) as partial:
-        torch.save(obj, partial)
+        partial.write_bytes(memory.getbuffer())
 
 
 @idist.one_rank_only()
@@ -77,11 +84,12 @@ class WeightsLoader:
         InputError: when the file is missing, unreadable or of another architecture; with ``matching``, when nothing matches.
     """
 
-    def __init__(self, load_path: str, network: nn.Module, matching: bool = False, freeze_backbone: bool | str = False) -> None:
+    @typed_arguments
+    def __init__(self, load_path: str, network: nn.Module, matching: bool = False, freeze_backbone: bool = False) -> None:
         self.load_path = load_path
         self.network = unwrap(network)
         self.matching = matching
-        self.freeze_backbone = parse_bool(freeze_backbone, "freeze_backbone")
+        self.freeze_backbone = freeze_backbone
         if self.freeze_backbone and not matching:
             raise InputError("freeze_backbone goes with matching=True: it freezes what is loaded by name")
 
@@ -102,7 +110,12 @@ class WeightsLoader:
 class TrainingState:
     """Saves everything a training goes on from after each epoch; with ``resume`` starts from what is saved.
 
-    Written whole or not at all. Place it after the validation handler, so that the best metric so far is part of it.
+    Written whole or not at all. Place it after the validation handler, so that the best metric so far is part of it. While it
+    trains, no other training may start in the folder: a lock that the system lets go of when the process ends, however it does.
+
+    What changes what is learned must be the same in a resumed training: the network's options, its parameters that are trained,
+    the optimizer and its options, the cases' number, the batch of all processes, and ``settings``. The learning rate and
+    ``max_epochs`` may change; the log says so. A checkpoint that does not know a setting takes any.
 
     Args:
         path: file to write, e.g. ``models/model_last.pt``.
@@ -112,12 +125,14 @@ class TrainingState:
         evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.
         resume: go on from ``path`` if it exists; default False, a fresh start, which first renames an existing file
             ``model_last.pt`` to ``model_last.previous.pt``.
-        settings: what must be the same in a resumed training, by name, e.g. ``{"fold": 0, "seed": 0}``; plain values.
+        settings: what else must be the same, by name, e.g. ``{"fold": 0, "seed": 0}``; plain values.
 
     Raises:
-        InputError: when the file cannot be read, holds another architecture or a training with other settings.
+        InputError: when the file cannot be read, holds another architecture or a training with other settings, or another
+            training is writing to its folder.
     """
 
+    @typed_arguments
     def __init__(
         self,
         path: str,
@@ -125,7 +140,7 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         lr_scheduler: Any = None,
         evaluator: Engine | None = None,
-        resume: bool | str = False,
+        resume: bool = False,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -133,45 +148,74 @@ class TrainingState:
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.evaluator = evaluator
-        self.resume = parse_bool(resume, "resume")
-        self.settings = {k: list(v) if isinstance(v, tuple) else v for k, v in (settings or {}).items()}
+        self.resume = resume
+        self.settings = _plain(settings or {})
+        self.written = False
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self.end)
 
     def start(self, engine: Engine) -> None:
+        if idist.get_rank() == 0:
+            self.lock = _claim(self.path.parent)
+        self.settings = {**self.settings, **self._learned_from(engine)}
+        say_how_to_go_on("no epoch is finished: the same command starts again")
         if not self.resume:
             # moved: killed before its first epoch ends, this training has nothing to resume
             if idist.get_rank() == 0 and self.path.is_file():
                 previous = self.path.with_name(f"{self.path.stem}.previous{self.path.suffix}")
                 os.replace(self.path, previous)
                 logger.info("an earlier training's %s is now %s", self.path.name, previous)
-            return
-        if not self.path.is_file():
+        elif self.path.exists():
+            self._go_on(engine, read_checkpoint(self.path, engine.state.device))
+        else:
             logger.info("nothing to resume at %s: starting from the beginning", self.path)
-            return
-        state = read_checkpoint(self.path, engine.state.device)
+
+    def _learned_from(self, engine: Engine) -> dict[str, Any]:
+        """What changes what is learned, of the objects at hand, as plain values by name."""
+        network, loader = unwrap(self.network), engine.state.dataloader
+        found: dict[str, Any] = {}
+        if isinstance(network, Morse):
+            found["network"] = asdict(network.options)
+            del found["network"]["preset"]  # a name for the others
+        found["trained parameters"] = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        found["optimizer"] = type(self.optimizer).__name__
+        if getattr(loader, "batch_size", None):
+            found["batch of all processes"] = loader.batch_size * idist.get_world_size()
+            found["cases"] = len(loader.dataset)
+        return _plain(found)
+
+    def _go_on(self, engine: Engine, state: Any) -> None:
         if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "settings"} <= state.keys():
             raise InputError(f"{self.path} holds weights alone, no training to resume; start without --resume")
-        for name in self.settings:
-            if state["settings"].get(name) != self.settings[name]:
-                raise InputError(
-                    f"{self.path} is a training with {name} {state['settings'].get(name)!r}, not {self.settings[name]!r}; "
-                    "resume it with that, or start without --resume"
-                )
+        self._check_same(_differences(state["settings"], self.settings))
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
         _load_network(unwrap(self.network), state["model"], self.path)
         self._load_optimizer(state["optimizer"], state["epoch"])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["epoch"] * engine.state.epoch_length
-        if self.evaluator is not None:
+        if self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
         logger.info("resumed from %s after epoch %d", self.path, state["epoch"])
+        self._can_resume(state["epoch"])
+
+    def _check_same(self, differences: list[tuple[str, Any, Any]]) -> None:
+        if differences:
+            told = ", ".join(f"{name} {then!r}, not {now!r}" for name, then, now in differences)
+            raise InputError(f"{self.path} is a training with {told}; resume it with that, or start without --resume")
 
     def _load_optimizer(self, state: dict, epochs: int) -> None:
         """Moments from the file, learning rates from the configuration: the schedule's after ``epochs`` epochs."""
+        then, now = state["param_groups"], self.optimizer.state_dict()["param_groups"]
+        self._check_same(_differences({"groups": _sizes(then)}, {"groups": _sizes(now)}, "the optimizer's "))
+        for before, after in zip(then, now):
+            self._check_same(_differences(_kept(before), _kept(after), "the optimizer's "))
+            old_rate, new_rate = (group.get("initial_lr", group["lr"]) for group in (before, after))
+            if old_rate != new_rate:
+                logger.warning("the learning rate is %g from here on, it was %g", new_rate, old_rate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a scheduler that steps before its optimizer
             for _ in range(epochs if self.lr_scheduler is not None else 0):
@@ -182,6 +226,8 @@ class TrainingState:
             group["lr"] = rate
 
     def save(self, engine: Engine) -> None:
+        if idist.get_rank() == 0 and self.written and not self.path.is_file():
+            raise InputError(f"{self.path} was removed while the training ran, with what lay beside it perhaps; start it again")
         state = {
             "model": get_state_dict(self.network),
             "optimizer": self.optimizer.state_dict(),
@@ -192,6 +238,66 @@ class TrainingState:
             state["best_metric"] = float(self.evaluator.state.best_metric)
             state["best_metric_epoch"] = int(self.evaluator.state.best_metric_epoch)
         _save(state, self.path)
+        self._can_resume(engine.state.epoch)
+
+    def _can_resume(self, epoch: int) -> None:
+        words = f"{self.path} holds {epoch} epoch(s); the same command with --resume true goes on from there"
+        say_how_to_go_on(words, self.path)
+        self.written = True
+
+    def end(self, engine: Engine) -> None:
+        say_how_to_go_on()
+        if idist.get_rank() == 0 and self.lock is not None:
+            self.lock.release(force=True)
+
+
+def _claim(folder: Path) -> FileLock | None:
+    """Keep other trainings out of a folder, until the lock is released or this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".training.lock", PATIENCE, is_singleton=True)
+    try:
+        lock.acquire()
+        return lock
+    except Timeout:
+        words = "wait for it or stop it, or give this one another --ckpt_dir"
+        raise InputError(f"another training is writing to {folder}; {words}") from None
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s): see yourself that no second training starts in it", folder, error)
+        return None
+
+
+def _sizes(groups: list[dict]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _kept(group: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's options for a group of parameters, but for rates, which may change, and how it is computed."""
+    free = ("lr", "initial_lr", "params", "foreach", "fused", "capturable", "differentiable")
+    return {k: _plain(v) for k, v in group.items() if k not in free}
+
+
+def _plain(value: Any) -> Any:
+    """A value as a checkpoint keeps it, and gives it back equal."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[tuple[str, Any, Any]]:
+    """Name and both values of what two mappings have both and differently, in mappings within them too.
+
+    >>> _differences({"seed": 0, "network": {"stride": [1, 1]}}, {"seed": "0", "network": {"stride": [2, 2]}, "fold": 1})
+    [('network: stride', [1, 1], [2, 2])]
+    """
+    found = []
+    for name in [n for n in now if n in then]:
+        if isinstance(then[name], Mapping) and isinstance(now[name], Mapping):
+            found += _differences(then[name], now[name], f"{inside}{name}: ")
+        elif then[name] != now[name] and str(then[name]) != str(now[name]):  # '1' of a command line is 1
+            found.append((f"{inside}{name}", then[name], now[name]))
+    return found
 
 
 class BestModel:

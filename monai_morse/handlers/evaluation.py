@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 class ClassMetrics:
     """Adds each class's mean of a metric to ``engine.state.metrics`` as ``NAME_CLASS``, for logs and TensorBoard.
 
+    A class that no case has, whose mean does not exist, is named in a warning.
+
     Args:
         metric: name of a metric that was computed with ``save_details=True`` (the default of MONAI's handlers).
         class_names: of the foreground classes, in label order.
@@ -44,12 +46,19 @@ class ClassMetrics:
     def __init__(self, metric: str, class_names: Sequence[str]) -> None:
         self.metric = metric
         self.class_names = list(class_names)
+        self.told = False
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        means = engine.state.metric_details[self.metric].nanmean(dim=0)
+        details = engine.state.metric_details[self.metric]
+        unseen = [name for name, values in zip(self.class_names, details.T) if values.isnan().all()]
+        if unseen and not self.told:
+            self.told = True
+            everything = ", so its mean is 0 whatever is learned and no weights are the best" if details.isnan().all() else ""
+            logger.warning("no case that %s is taken of has %s%s", self.metric, ", ".join(unseen), everything)
+        means = details.nanmean(dim=0)
         for name, mean in zip(self.class_names, means, strict=True):
             engine.state.metrics[f"{self.metric}_{name}"] = float(mean)
 

@@ -8,6 +8,7 @@ import torch
 from monai.networks.layers.factories import Conv, Norm
 from torch import Tensor, nn
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 from . import streaming
@@ -40,6 +41,7 @@ class PointwiseMLP(nn.Module):
     torch.Size([2, 4, 5, 6, 7])
     """
 
+    @typed_arguments
     def __init__(
         self, in_channels: int, channels: Sequence[int], last_activation: bool = True, last_zero: bool = False
     ) -> None:
@@ -84,6 +86,7 @@ class ExpertDropout(nn.Module):
     masks: Tensor  # real types, not strings: torch.jit.script reads them, so this file defers no annotations
     chance: Tensor
 
+    @typed_arguments
     def __init__(self, num_experts: int, drop_prob: float = 0.7, min_active: int = 1, scale: bool = False) -> None:
         super().__init__()
         if not 0 <= drop_prob < 1:
@@ -129,6 +132,7 @@ class Mixture(nn.Module):
     torch.Size([1, 16, 12, 10])
     """
 
+    @typed_arguments
     def __init__(
         self,
         channels: Sequence[int],
@@ -142,6 +146,8 @@ class Mixture(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_stride: List[int] = per_axis("gate_stride", gate_stride, spatial_dims)
+        if gate_norm and width == 1 and len(channels) > 1:
+            raise InputError("mixture: a width of 1 leaves gate_norm nothing to normalise by; give width 2 or gate_norm false")
         if not channels or width < 1 or min(self.gate_stride) < 1:
             raise InputError(f"mixture: need channels, width >= 1, gate_stride >= 1, got {channels}, {width}, {gate_stride}")
         self.gate_norm, self.renormalize = gate_norm, renormalize

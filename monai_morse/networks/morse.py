@@ -8,6 +8,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 from .backbones import decoder_names
@@ -112,6 +113,7 @@ class Morse(nn.Module):
     torch.Size([1, 3, 1536])
     """
 
+    @typed_arguments
     def __init__(
         self,
         backbone: nn.Module,

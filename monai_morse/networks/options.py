@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from monai_morse.config import check_choice, parse_bool
+from monai_morse.config import check_choice, parse_bool, parse_number
 from monai_morse.errors import InputError
 
 from .points import PointSelection
@@ -106,19 +106,7 @@ def per_axis(name: str, value: Any, spatial_dims: int) -> list[int]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * spatial_dims
     if len(values) != spatial_dims:
         raise InputError(f"{name} must be a whole number or {spatial_dims} of them, one for each axis, got {value!r}")
-    return [int(_number(name, v, int)) for v in values]
-
-
-def _number(name: str, value: Any, kind: type) -> Any:
-    """A number that a config or a command line gives, as a string too."""
-    try:
-        number = float(value)
-        if isinstance(value, bool) or (kind is int and number != int(number)):
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        what = "a whole number" if kind is int else "a number"
-        raise InputError(f"{name} must be {what}, got {value!r}") from None
-    return kind(number)
+    return [parse_number(v, name, int) for v in values]
 
 
 def _group(name: str, preset: str, given: Any, spatial_dims: int) -> dict[str, Any]:
@@ -140,7 +128,7 @@ def _group(name: str, preset: str, given: Any, spatial_dims: int) -> dict[str, A
         elif kind is bool:
             value = parse_bool(value, full_name)
         elif isinstance(kind, type) and issubclass(kind, numbers.Number):
-            value = _number(full_name, value, kind)
+            value = parse_number(value, full_name, kind)
         options[key] = value
     for key, kind in known.items():
         if kind == "axes" and options.get(key) is not None:
@@ -194,8 +182,8 @@ def resolve_options(
     return MorseOptions(
         experts,
         renderer,
-        int(_number("num_experts", num_experts, int)),
-        float(_number("dropout", dropout, float)),
+        parse_number(num_experts, "num_experts", int),
+        parse_number(dropout, "dropout (alpha)", within="[0, 1)"),
         preset,
         strides,
         groups["mixture"],

@@ -7,13 +7,13 @@ Pure functions of tensors; no parameters, no network. A point is the centre of a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List, Tuple
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_morse.errors import InputError
+from monai_morse.config import parse_bool, parse_number
 
 __all__ = [
     "PointSelection",
@@ -61,12 +61,15 @@ class PointSelection:
     multilabel: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_train < 1 or self.num_eval < 1:
-            raise InputError(f"points: num_train and num_eval must be at least 1, got {self.num_train}, {self.num_eval}")
-        if self.oversample is not None and self.oversample < 1:
-            raise InputError(f"points: oversample (k_p) must be at least 1, got {self.oversample}")
-        if not 0 <= self.importance_ratio <= 1:
-            raise InputError(f"points: importance_ratio (rho) must be in [0, 1], got {self.importance_ratio}")
+        def parsed(name: str, symbol: str, kind: type, within: str) -> Any:
+            return parse_number(getattr(self, name), f"points: {name} ({symbol})", kind, within)
+
+        found = {name: parsed(name, "N_p", int, "[1, inf)") for name in ("num_train", "num_eval")}
+        found["oversample"] = None if self.oversample is None else parsed("oversample", "k_p", float, "[1, inf)")
+        found["importance_ratio"] = parsed("importance_ratio", "rho", float, "[0, 1]")
+        found["multilabel"] = parse_bool(self.multilabel, "points: multilabel")
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
 
 def exporting() -> bool:

@@ -16,6 +16,7 @@ from typing import List
 import torch
 from torch import Tensor, nn
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 from .experts import PointwiseMLP
@@ -36,6 +37,7 @@ class FourierEncoding(nn.Module):
     torch.Size([2, 16, 5])
     """
 
+    @typed_arguments
     def __init__(self, spatial_dims: int, num_frequencies: int = 128) -> None:
         super().__init__()
         self.frequencies = nn.Parameter(torch.randn(num_frequencies, spatial_dims))
@@ -72,6 +74,7 @@ class AnatomicalHead(nn.Module):
 
     reads_context = False
 
+    @typed_arguments
     def __init__(
         self,
         in_channels: int,
@@ -112,6 +115,7 @@ class PointRendHead(nn.Module):
 
     reads_context = False
 
+    @typed_arguments
     def __init__(
         self,
         in_channels: int,
@@ -161,6 +165,7 @@ class ImplicitPointRendHead(nn.Module):
 
     reads_context = True
 
+    @typed_arguments
     def __init__(
         self,
         in_channels: int,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import Convolution, MLPBlock, SABlock
 from torch import Tensor, nn
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 from .unet3d import check_sides
@@ -227,6 +228,7 @@ class TransUNet(nn.Module):
 
     decoder_names = ("decoder.0", "decoder.1", "decoder.2", "decoder.3")
 
+    @typed_arguments
     def __init__(
         self,
         in_channels: int = 1,

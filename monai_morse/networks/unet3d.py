@@ -7,6 +7,7 @@ from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv, Pool
 from torch import Tensor, nn
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 __all__ = ["UNet3D", "check_sides"]
@@ -92,6 +93,7 @@ class UNet3D(nn.Module):
 
     decoder_names = ("bottleneck", "decoder.0", "decoder.1", "decoder.2")
 
+    @typed_arguments
     def __init__(self, in_channels: int = 1, out_channels: int = 2, features: int = 32) -> None:
         super().__init__()
         if features < 1:

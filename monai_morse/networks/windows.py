@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 from .decoders import copy_for_tracing, fake_run, fixed_sizes
@@ -13,6 +14,7 @@ from .decoders import copy_for_tracing, fake_run, fixed_sizes
 __all__ = ["check_window"]
 
 
+@typed_arguments
 def check_window(network: nn.Module, size: Sequence[int], in_channels: int = 1) -> None:
     """See that a network takes windows of a size, before work starts.
 

@@ -8,6 +8,7 @@ slices' places, so each mask is matched to its slice by name and put where that 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from monai_morse.errors import InputError
 from .msd import Case, check_folders, load_image, stack_channels, write_cases
 
 __all__ = ["prepare_chaos"]
+
+logger = logging.getLogger(__name__)
 
 ABOUT = {
     "name": "CHAOS, prepared by monai_morse",
@@ -175,6 +178,8 @@ def _label(scan: Any, files: Sequence[str], ground: Path, greys: Mapping[str, tu
         told = ", ".join(f"{g} ({c} voxels)" for g, c in zip(*(a[:5] for a in np.unique(stray, return_counts=True))))
         ranges = ", ".join(f"{organ} {low} to {high}" for organ, (low, high) in greys.items())
         raise InputError(f"{ground}: grey values {told} are of no organ: {ranges}")
+    if stray.size:
+        logger.warning("%s: %d voxel(s) of grey values that are no organ's become background", ground, stray.size)
     label = np.array([0, *(organs.index(o) + 1 if o in organs else 0 for o in greys)], np.uint8)[found]
     if not label.any():
         raise InputError(f"{ground}: no voxel of {' or '.join(organs)} in its masks")

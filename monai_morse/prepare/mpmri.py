@@ -1,4 +1,4 @@
-"""``prepare mpmri``: multi-phasic MRI as groups have it, patients with phases and a liver mask, to the MSD layout.
+"""``prepare mpmri``: multi-phasic MRI as groups have it, patients with phases and masks of organs, to the MSD layout.
 
 A pattern says where the files are, relative to the source folder. ``{patient}`` and ``{phase}`` stand for what their names say,
 ``{label}`` for a word that masks are called by, ``*`` for anything within one name; extensions are left out. A series of a
@@ -234,7 +234,7 @@ def prepare_mpmri(
     label_values: Mapping[str, Any] | Sequence[int | str] | None = None,
     phase_words: Mapping[str, str] | None = None,
 ) -> str:
-    """Write the MSD layout from patients' phases and liver masks, NIfTI or DICOM; what cannot be used is left out and said.
+    """Write the MSD layout from patients' phases, NIfTI or DICOM, and masks; what cannot be used is left out and said.
 
     ``dataset.json`` lists each case with its patient, by whom folds are drawn, and its phase. Run again, it starts anew.
 

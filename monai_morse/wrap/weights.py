@@ -117,7 +117,7 @@ def convert_weights(folder: Path, networks: dict[str, Twins], report: WrapReport
         name = path.relative_to(folder)
         required = str(name) == "models/model.pt"
         try:
-            checkpoint = read_checkpoint(path, torch.device("cpu"))
+            checkpoint = read_checkpoint(path, name=name)
             misfits = {config: _misfit(twins.original, checkpoint) for config, twins in networks.items()}
             fitting = [networks[config] for config, misfit in misfits.items() if not misfit]
             if not fitting:
