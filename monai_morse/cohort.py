@@ -316,8 +316,10 @@ class _Table(Listener):
         self._merge()
         if idist.get_rank():
             return
-        self.rows = self._read(self.path)
-        rows = [self.rows[scan["name"]] for scan in scans]
+        found = self._read(self.path)
+        rows = [found.pop(scan["name"]) for scan in scans]
+        self.rows = found | {row["name"]: row for row in rows}  # in the scans' order, whoever did them
+        self._write()
         counts = Counter(row["status"] for row in rows)
         told = ", ".join(f"{counts[s]} {s}" for s in ("done", "skipped", "refused", "failed") if counts[s])
         shown = rows if len(rows) <= self.SHOWN else [r for r in rows if r["status"] in ("refused", "failed")][: self.SHOWN]
