@@ -141,7 +141,7 @@ def test_inference_keeps_the_scans_geometry_and_one_broken_scan_takes_nobody_dow
     assert done.returncode == 1
     assert "1 case(s) skipped, the others are done" in done.stderr and "case_1_broken" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz", "cohort.csv"]
     pred = nib.load(tmp_path / "out/case_1_seg.nii.gz")
     assert pred.shape == (20, 24, 18) and np.allclose(pred.affine, OBLIQUE, atol=1e-5)
     assert pred.get_data_dtype() == np.uint8 and set(np.unique(pred.dataobj)) <= {0, 1, 2}
@@ -201,7 +201,10 @@ ERRORS = {
     "patch of no size": (lambda d: {"patch_size": "[10,10,10]"}, "does not take windows.*--patch_size '.16, 16, 16.'"),
     "nowhere to write": (lambda d: {"output_dir": d / "dataset.json" / "out"}, "cannot write to .*dataset.json/out"),
     "other settings": (lambda d: {"resume": "true", "fold": 1}, "training with fold 0, not 1"),
-    "other checkpoint": (lambda d: {"resume": "true", "experts": "none", "renderer": "none"}, "another arch.*--experts"),
+    "other checkpoint": (
+        lambda d: {"resume": "true", "experts": "none", "renderer": "none"},
+        "is a training with .*experts .stochastic., not .none.*renderer .anatomical., not .none.",
+    ),
 }
 
 
@@ -238,6 +241,17 @@ def test_every_cell_trains_from_the_command_lines_words(experts, renderer, msd, 
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     own = {k.split(".")[0] for k in state}
     assert ("mixture" in own) == (experts != "none") and ("renderer" in own) == (renderer != "none")
+
+
+def test_the_papers_preset_trains_by_equation_4(msd, tmp_path):
+    words = {"bundle_root": str(BUNDLE), "dataset_dir": str(msd), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path)}
+    words |= {"preset": "paper", "width": 8, "max_epochs": 2, "num_folds": 3, "patch_size": [16, 16, 16]}
+    workflow = ConfigWorkflow(str(CONFIGS / "train.yaml"), workflow_type="train", logging_file=False, meta_file=None, **words)
+    workflow.initialize()
+    workflow.run()
+    assert workflow.parser.get_parsed_content("loss").weight == pytest.approx(0.1 * (4 - 2) / 4)  # at the last of 4 iterations
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {"classifier", "mixture", "renderer"} <= {k.split(".")[0] for k in state}
 
 
 def test_datasets_from_elsewhere_train_without_a_listing_and_the_last_epoch_is_validated(msd, tmp_path):

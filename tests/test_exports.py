@@ -3,6 +3,7 @@
 python tests/test_exports.py DATA/Task04_Hippocampus      # the table in docs/portability.md, on all scans held back
 """
 
+import inspect
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,15 @@ from monai_morse.data import msd_cases
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "hippocampus_mri_morse"
 WINDOW = [40, 56, 40]
+ANY_BATCH = getattr(torch.export.Dim, "DYNAMIC", None) or torch.export.Dim("batch")  # torch 2.4 has no DYNAMIC
+
+
+def import_onnxruntime():
+    """ONNX Runtime, where torch exports to it."""
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        pytest.skip(f"torch {torch.__version__} lacks the exporter to ONNX that later ones have")
+    pytest.importorskip("onnxscript", reason="pip install monai_morse[export]")
+    return pytest.importorskip("onnxruntime", reason="pip install monai_morse[export]")
 
 
 def script(net, x, folder):
@@ -29,14 +39,13 @@ def trace(net, x, folder):
 
 
 def export(net, x, folder):
-    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: ANY_BATCH},))
     torch.export.save(program, str(folder / "model.pt2"))
     return torch.export.load(str(folder / "model.pt2")).module()
 
 
 def onnx(net, x, folder):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install monai_morse[export]")
-    pytest.importorskip("onnxscript", reason="pip install monai_morse[export]")
+    onnxruntime = import_onnxruntime()
     path, free = str(folder / "model.onnx"), ({0: "batch"},)
     torch.onnx.export(net, (x,), path, dynamo=True, opset_version=20, dynamic_shapes=free, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

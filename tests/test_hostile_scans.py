@@ -11,8 +11,10 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from monai.data import MetaTensor
 
-from monai_morse.data.checks import usable_cases
+from monai_morse.data import ToScanGridd, usable_cases
 from monai_morse.errors import InputError
 from tools.fuzz_geometry import bright, evaluate, infer, random_affine, train, write_listing, write_scan
 
@@ -63,12 +65,17 @@ SCANS = {
     "flat voxels": ({"affine": affine(0.5, 0.5, 6)}, DONE),
     "long voxels": ({"affine": affine(6, 0.5, 0.5)}, DONE),
     "a hair off the bundle's spacing": ({"affine": affine(1.0004, 0.9996, 1.0004, offset=(1e-3, 0, 0))}, DONE),
+    "as far off as MONAI takes for the same": ({"affine": affine(1.001005, 1.001005, 1.001005)}, DONE),
     "far from the origin": ({"affine": affine(1, 1, 1, offset=(3000, -2500, 1234.567))}, DONE),
     "sform flips, no qform, rounded pixdim": ({"affine": FLIPPED, "qform_code": 0, "pixdim": (0.7813, 0.7813, 2.5)}, DONE),
     "qform alone": ({"affine": SCANNER, "sform_code": 0}, DONE),
     "sform alone": ({"affine": SCANNER, "qform_code": 0}, DONE),
     "sform of Talairach space": ({"affine": SCANNER, "sform_code": 3}, DONE),
-    "no orientation": ({"sform_code": 0, "qform_code": 0}, DONE, "tells no orientation .*LAS is taken"),
+    "no orientation": (
+        {"sform_code": 0, "qform_code": 0, "pixdim": (0.7, 3.3, 1.1)},
+        DONE,
+        "tells no orientation .*LAS is taken",
+    ),
     "sform and qform disagree": ({"affine": SCANNER, "qform": FLIPPED}, DONE, "qform puts voxels up to .* the sform counts"),
     "sform and qform mirrored": ({"affine": affine(1, 1, 1, flip=(0,)), "qform": CLEAN}, DONE, "the sform counts"),
     "pixdim of another size": (
@@ -236,6 +243,8 @@ def test_a_scan_is_done_on_its_own_grid_or_refused_by_name(row, cohort):
         image, seg = nib.load(scan), nib.load(found)
         assert seg.shape == image.shape
         assert np.abs(seg.affine - image.affine).max() <= 1e-6
+        told = [any(int(i.header[code]) for code in ("sform_code", "qform_code")) for i in (image, seg)]
+        assert told[0] == told[1]
         marked = np.asarray(seg.dataobj) == 1
         if bundle == BUNDLES[0] and marked.size > 10:  # the others see too coarsely for scans this small
             truth = bright(image.shape)
@@ -260,6 +269,11 @@ def test_no_other_scan_is_told_of(cohort):
 
 LABELS = {
     "the same grid": ({"affine": SCANNER}, {"affine": SCANNER}, DONE),
+    "one slice more when it is resampled": (
+        {"affine": affine(1.4, 1.4, 4.95), "shape": (20, 24, 12)},
+        {"affine": affine(1.4, 1.4, 4.956)},
+        DONE,
+    ),
     "5.002 mm beside 5": ({"affine": affine(1, 1, 5), "shape": (20, 24, 12)}, {"affine": affine(1, 1, 5.002)}, DONE),
     "rounded to a hundredth": ({"affine": affine(0.7813, 0.7813, 2)}, {"affine": affine(0.78, 0.78, 2)}, DONE),
     "an offset rounded": (
@@ -335,6 +349,16 @@ def test_all_that_is_accepted_trains_and_is_scored_on_the_image(pairs, tmp_path)
     dice = {line.split(",")[0]: line.split(",")[2] for line in text if ",class 1," in line}
     for row in rows:  # the bright part is where its label says
         assert float(dice[file_name(row)] or 0) > 0.8 or row == "nothing labelled", (row, dice)
+
+
+def test_a_grid_that_monai_takes_for_the_same_becomes_the_scans_to_the_last_digit():
+    meta = {
+        "original_affine": SCANNER,
+        "spatial_shape": (6, 5, 4),
+        "affine": torch.from_numpy(SCANNER + 5e-4 * np.eye(4, 4, 1)),
+    }
+    found = ToScanGridd("pred")({"pred": MetaTensor(torch.rand(2, 6, 5, 4), meta=meta)})["pred"]
+    assert np.array_equal(found.affine, SCANNER)
 
 
 # --- limits and CT

@@ -42,6 +42,7 @@ __all__ = ["CHECKS", "Check", "Outcome", "portability", "portability_table", "ti
 
 Check = Callable[[nn.Module, Tensor], None]
 """Takes a network in eval mode and an input, two samples of one channel; raises when something is wrong."""
+ANY_BATCH: Any = getattr(torch.export.Dim, "DYNAMIC", None) or torch.export.Dim("batch")  # torch 2.4 has no DYNAMIC
 
 
 def _near(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
@@ -124,7 +125,7 @@ def _trace(network: nn.Module, x: Tensor) -> None:
 
 def _export(network: nn.Module, x: Tensor) -> None:
     """For any batch size."""
-    exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    exported = torch.export.export(network, (x,), dynamic_shapes=({0: ANY_BATCH},)).module()
     for batch in (x.flip(0), x[:1], torch.cat([x, x])):
         _segments_alike(exported, network, batch)
 

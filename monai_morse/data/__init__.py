@@ -4,18 +4,22 @@ from .cases import msd_cases, msd_class_names
 from .checks import check_split, raise_if_skipped, usable_cases
 from .dicom import dicom_scans
 from .dicom_seg import SaveDicomSegd
-from .files import AtomicNibabelWriter, atomic_write, check_writable, scan_name, scans_in
+from .files import AtomicNibabelWriter, SaveMapd, atomic_write, case_name, case_names, check_writable, scan_name, scans_in
 from .grids import MatchGridd, ToScanGridd
 from .orientation import ThroughPlaneLastd
-from .scans import ScanReader, read_scan
+from .scans import LoadScand, ScanReader, read_scan
 
 __all__ = [
     "MatchGridd",
     "ThroughPlaneLastd",
     "ToScanGridd",
     "AtomicNibabelWriter",
+    "LoadScand",
     "SaveDicomSegd",
+    "SaveMapd",
     "ScanReader",
+    "case_name",
+    "case_names",
     "check_split",
     "check_writable",
     "dicom_scans",

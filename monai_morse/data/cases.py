@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from monai_morse.config import check_choice, parse_number, typed_arguments
 from monai_morse.errors import InputError
 
-from .files import atomic_write, check_writable
+from .files import atomic_write, case_names, check_writable
 
 __all__ = ["msd_cases", "msd_class_names"]
 
@@ -75,10 +76,11 @@ def msd_cases(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> list[dict[str, str]]:
-    """Cases of an MSD folder: ``{"image": path, "label": path}`` each, absolute paths.
+    """Cases of an MSD folder: ``{"image": path, "label": path, "name": name}`` each, absolute paths.
 
     Folds are drawn by *patient*: entries of ``dataset.json`` with the same ``"patient"``, or without that key the same label
-    file, never stand on both sides. The split depends on the listing, ``num_folds`` and ``seed`` alone.
+    file, never stand on both sides. The split depends on the listing, ``num_folds`` and ``seed`` alone. Names are those of
+    :func:`monai_morse.data.case_names`, of all cases listed: a case has one name in every split.
 
     Args:
         dataset_dir: folder with ``dataset.json``.
@@ -91,8 +93,8 @@ def msd_cases(
             logged.
 
     Raises:
-        InputError: for a missing or broken listing, an unknown split or fold, more folds than patients, or another number of
-            classes.
+        InputError: for a missing or broken listing, an image listed twice, an unknown split or fold, more folds than patients,
+            or another number of classes.
     """
     root = Path(dataset_dir).resolve()
     listing = read_listing(dataset_dir)
@@ -105,26 +107,35 @@ def msd_cases(
     entries = listing.get("training", [])
     own = sorted({str(e["split"]) for e in entries if isinstance(e, Mapping) and "split" in e})
     if split == "test" and not own:
-        return [{"image": str(root / (e["image"] if isinstance(e, Mapping) else e))} for e in listing.get("test", [])]
+        images = [str(root / (e["image"] if isinstance(e, Mapping) else e)) for e in listing.get("test", [])]
+        return [{"image": image, "name": name} for image, name in zip(images, _names(root, images))]
     if not entries:
         raise InputError(f"{root}/dataset.json lists no training cases")
     broken = [e for e in entries if not isinstance(e, Mapping) or not {"image", "label"} <= e.keys()]
     if broken:
         raise InputError(f"{root}/dataset.json: every training case needs an image and a label, got {broken[0]}")
     check_choice("split", split, (*own, "all") if own else ("train", "val", "all", "test"))
+    cases = [{k: str(root / e[k]) for k in ("image", "label")} for e in entries]
+    for case, name in zip(cases, _names(root, [c["image"] for c in cases])):
+        case["name"] = name
     if split == "all" or own:
-        wanted = [e for e in entries if split in ("all", e.get("split"))]
-        return [{k: str(root / e[k]) for k in ("image", "label")} for e in wanted]
-    patients = sorted({str(e.get("patient", e["label"])) for e in entries})
+        return [c for c, e in zip(cases, entries) if split in ("all", e.get("split"))]
+    spellings: dict[str, str] = {}  # of a label, the first
+    owners = [
+        str(e.get("patient", spellings.setdefault(os.path.realpath(c["label"]), e["label"]))) for c, e in zip(cases, entries)
+    ]
+    patients = sorted(set(owners))
     if len(patients) < 2:
         raise InputError(f"{root} has one patient, {patients[0]}: to train and to validate, two at least are needed; add cases")
     parse_number(num_folds, f"{root} has {len(patients)} patients: num_folds", int, f"[2, {len(patients)}]")
     parse_number(fold, f"fold, of {num_folds},", int, f"[0, {num_folds - 1}]")
     random.Random(seed).shuffle(patients)
     held_back = set(patients[fold::num_folds])
+    return [c for c, owner in zip(cases, owners) if (owner in held_back) == (split == "val")]
 
-    return [
-        {k: str(root / e[k]) for k in ("image", "label")}
-        for e in entries
-        if (str(e.get("patient", e["label"])) in held_back) == (split == "val")
-    ]
+
+def _names(root: Path, images: list[str]) -> list[str]:
+    try:
+        return case_names(images)
+    except InputError as error:
+        raise InputError(f"{root}/dataset.json: {error}") from error

@@ -129,6 +129,17 @@ def find_problem(
     return None
 
 
+def limits_of(words: Mapping[str, Any] | None) -> Limits:
+    """The limits that a config's words give.
+
+    Raises:
+        InputError: for a word that there is not.
+    """
+    for name in words or {}:
+        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
+    return Limits(**(words or {}))
+
+
 @typed_arguments
 def usable_cases(
     cases: Sequence[Mapping[str, str]],
@@ -162,9 +173,7 @@ def usable_cases(
     good: list[dict[str, str]] = []
     classes: list[set[int]] = []
     problems: list[str] = []
-    for name in limits or {}:
-        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
-    bounds = Limits(**(limits or {}))
+    bounds = limits_of(limits)
     for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
         try:
             found: set[int] = set()
@@ -224,17 +233,18 @@ def _enough_for_processes(cases: Sequence[Any], what: str) -> None:
         raise InputError(f"{len(cases)} case(s) to {what} are too few for {processes} processes; {words}, or give more cases")
 
 
-def check_split(train: Sequence[Any], validation: Sequence[Any] | None) -> None:
-    """See that there is something to train on and something to validate on, of several processes for each.
+def check_split(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]] | None) -> None:
+    """See that there is something to train on and something else to validate on, of several processes for each.
 
     Args:
         train: cases.
         validation: likewise, or None for a training that keeps its last weights, not its best.
 
     Raises:
-        InputError: when one is empty. Without validation no weights would ever be the best, and none be kept.
+        InputError: when one is empty, as without validation no weights would ever be the best, and none be kept; when an image
+            is in both, by whatever spelling.
 
-    >>> check_split(["a"], [])  # doctest: +ELLIPSIS
+    >>> check_split([{"image": "a.nii.gz"}], [])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     monai_morse.errors.InputError: no case to validate on: of 1 case(s) at least one each is needed ...
     """
@@ -244,6 +254,10 @@ def check_split(train: Sequence[Any], validation: Sequence[Any] | None) -> None:
                 f"no case to {what} on: of {len(train) + len(validation or [])} case(s) at least one each is needed to train "
                 "and to validate; give more, or another split (MONAI Label: val_split)"
             )
+    trained_on = {os.path.realpath(case["image"]) for case in train}
+    common = [case["image"] for case in validation or [] if os.path.realpath(case["image"]) in trained_on]
+    if common:
+        raise InputError(f"{len(common)} image(s) to train and to validate on at once, such as {common[0]}; list each once")
     _enough_for_processes(validation or [], "validate on")
 
 

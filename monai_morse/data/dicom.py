@@ -73,7 +73,7 @@ def is_dicom_scan(path: str | Path) -> bool:
 
 def _is_dicom_file(path: Path) -> bool:
     """By the mark that part 10 of the standard puts at byte 128, or by a first tag without it; names say nothing."""
-    if path.name.startswith(".") or path.name.endswith((".nii", ".nii.gz")) or not path.is_file():
+    if path.name.startswith(".") or path.name.lower().endswith((".nii", ".nii.gz")) or not path.is_file():
         return False
     with open(path, "rb") as file:
         start = file.read(132)

@@ -16,7 +16,7 @@ from monai.utils import optional_import
 from monai_morse.errors import InputError
 
 from .dicom import is_dicom_scan, series_planes
-from .files import atomic_write
+from .files import atomic_write, case_name
 
 __all__ = ["SaveDicomSegd"]
 
@@ -52,14 +52,14 @@ class SaveDicomSegd(MapTransform):
             if not is_dicom_scan(scan):
                 continue
             try:
-                self._save(np.asarray(d[key][0]).astype(np.uint8), scan)
+                self._save(np.asarray(d[key][0]).astype(np.uint8), scan, case_name(d[key].meta))
             except Exception as error:  # one scan's, highdicom has no class of its own
                 known = isinstance(error, InputError)
                 reason = error if known else f"its files may lack what a segmentation must repeat: {error!r}"
                 logger.error("no DICOM-SEG of %s: %s", Path(scan).parents[1], reason)
         return d
 
-    def _save(self, labels: np.ndarray, scan: str) -> None:
+    def _save(self, labels: np.ndarray, scan: str, name: str) -> None:
         import highdicom as hd
         import pydicom
         from pydicom.sr.codedict import codes
@@ -100,5 +100,5 @@ class SaveDicomSegd(MapTransform):
             software_versions=version("monai_morse"),
             device_serial_number="0",
         )
-        with atomic_write(self.output_dir / f"{Path(scan).stem}_seg.dcm") as partial:
+        with atomic_write(self.output_dir / f"{name}_seg.dcm") as partial:
             segmentation.save_as(partial)

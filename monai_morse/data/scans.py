@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import logging
+from collections.abc import Hashable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from monai.config import KeysCollection
 from monai.data import NibabelReader
+from monai.transforms import LoadImaged
 from monai.utils import ensure_tuple
 from nibabel.spatialimages import HeaderDataError
 
@@ -19,7 +22,7 @@ from monai_morse.errors import InputError
 from .dicom import is_dicom_scan, read_series
 from .grids import Limits, affine_fault, grid_shift, voxel_size
 
-__all__ = ["ScanReader", "read_scan"]
+__all__ = ["LoadScand", "ScanReader", "read_scan"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ def read_scan(path: str | Path, limits: Limits | None = None) -> nib.Nifti1Image
 
 
 def _read_nifti(path: Path, limits: Limits | None) -> nib.Nifti1Image:
-    with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
+    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
         first = file.read(4)  # the header's size
         form = nib.Nifti2Image if 540 in (int.from_bytes(first, "little"), int.from_bytes(first, "big")) else nib.Nifti1Image
         file.seek(0)
@@ -76,7 +79,8 @@ def _read_nifti(path: Path, limits: Limits | None) -> nib.Nifti1Image:
     for remark in _contradictions(header, shape, affine):
         _warn_once(f"{path}: {remark}")
     voxels = voxels.astype(voxels.dtype.newbyteorder("="), copy=False)
-    return nib.Nifti1Image(voxels, affine, nib.Nifti1Header(), extra={"dim": header["dim"].astype(int)})
+    stated = {name: header[name].astype(int) for name in ("dim", "sform_code", "qform_code")}  # for maps on its grid
+    return nib.Nifti1Image(voxels, affine, nib.Nifti1Header(), extra=stated)
 
 
 def _header_fault(header: Any, shape: tuple[int, ...]) -> str | None:
@@ -127,4 +131,25 @@ class ScanReader(NibabelReader):
         return super().get_data([read_scan(path) for path in img])
 
     def _get_meta_dict(self, img: Any) -> dict:
-        return {**super()._get_meta_dict(img), "dim": img.extra.get("dim", img.header["dim"].astype(int))}
+        meta = super()._get_meta_dict(img)
+        return {**meta, "dim": meta["dim"].astype(int), **img.extra}
+
+
+class LoadScand(LoadImaged):
+    """``LoadImaged`` of scans and label maps by :class:`ScanReader`, channel first.
+
+    A case's ``"name"``, where its data list gives one, goes into the images' meta data: what is written of it has that name.
+
+    Args:
+        keys: of the paths.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys, reader=ScanReader, ensure_channel_first=True)
+
+    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
+        d = super().__call__(data, reader)
+        for key in self.key_iterator(d):
+            if "name" in d:
+                d[key].meta["name"] = d["name"]
+        return d

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,6 +185,11 @@ def read_runs(source: str | Path, metric: str = "paper") -> tuple[list[Run], lis
         if not {"case", "class", *METRICS[metric]} <= figures[0].keys():
             needed = ", ".join(METRICS[metric])
             raise InputError(f"{raw.place} has no columns {needed}; evaluate again, or take another --metric")
+        for name, columns in (("metrics.csv", ("case", "class")), ("boundary.csv", ("case", "from_mm", "to_mm"))):
+            rows = Counter(tuple(row.get(column, "") for column in columns) for row in raw.files[name])
+            twice = next((row for row, count in rows.items() if count > 1), None)
+            if twice:
+                raise InputError(f"{name} of {raw.place}: several rows of {', '.join(twice)}; cases need names: evaluate again")
         settings = _settings(raw.record)
         try:
             values = {

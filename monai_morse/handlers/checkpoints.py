@@ -114,8 +114,8 @@ class TrainingState:
     trains, no other training may start in the folder: a lock that the system lets go of when the process ends, however it does.
 
     What changes what is learned must be the same in a resumed training: the network's options, its parameters that are trained,
-    the optimizer and its options, the cases' number, the batch size, and ``settings``. The learning rate, ``max_epochs`` and the
-    number of processes may change; the log says so. A checkpoint that does not know a setting takes any.
+    the optimizer and its options, the cases' number, the batch size, and ``settings``. The learning rate, ``max_epochs`` and
+    the number of processes may change; the log says so. A checkpoint that does not know a setting takes any.
 
     Args:
         path: file to write, e.g. ``models/model_last.pt``.

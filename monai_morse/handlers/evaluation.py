@@ -21,7 +21,7 @@ from monai.metrics import compute_average_surface_distance, compute_dice, comput
 from monai.networks.utils import eval_mode
 
 from monai_morse.config import typed_arguments
-from monai_morse.data import ToScanGridd, atomic_write, scan_name
+from monai_morse.data import ToScanGridd, atomic_write, case_name
 from monai_morse.errors import InputError
 from monai_morse.metrics import PaperFigures, boundary_distance, paper_figures
 from monai_morse.networks import Morse
@@ -79,7 +79,7 @@ def mean_of(values: Sequence[float], digits: int) -> str:
 
 def _case_name(output: Mapping[str, Any], label: Any) -> str:
     """The image's name: phases of one patient share a label."""
-    return scan_name(str(getattr(output.get("image", label), "meta", {}).get("filename_or_obj", "")))
+    return case_name(getattr(output.get("image", label), "meta", {}))
 
 
 class CaseReport:

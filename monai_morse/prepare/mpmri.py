@@ -21,7 +21,7 @@ import numpy as np
 
 from monai_morse.config import check_choice
 from monai_morse.data.dicom import dicom_scans
-from monai_morse.data.files import scan_name
+from monai_morse.data.files import is_nifti, scan_name
 from monai_morse.errors import InputError
 
 from .msd import Case, check_folders, load_mask, stack_channels, write_cases
@@ -135,7 +135,7 @@ def _files(source: Path) -> dict[str, str]:
     for place, folders, files in os.walk(source):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in sorted(files):
-            if file.endswith((".nii", ".nii.gz")) and not file.startswith("."):
+            if is_nifti(file):
                 found[(Path(place).relative_to(source) / scan_name(file)).as_posix()] = str(Path(place) / file)
     return found | dicom_scans(source)
 
