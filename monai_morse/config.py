@@ -132,6 +132,11 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return parse_bool(value, name)
     if isinstance(value, (list, tuple)):
         items = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is Sequence]
-        return [parse_number(v, name, items[0]) for v in value] if items and items[0] in (int, float) else value
+        return [_number(v, name, items[0]) for v in value] if items and items[0] in (int, float) else value
     numbers = [k for k in (float, int) if k in kinds]
-    return parse_number(value, name, numbers[0]) if numbers else value
+    return _number(value, name, numbers[0]) if numbers else value
+
+
+def _number(value: Any, name: str, kind: type) -> Any:
+    number = parse_number(value, name, kind)
+    return value if kind is float and isinstance(value, int) else number  # 1 is a float to Python too

@@ -22,6 +22,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TINY
 from ignite.engine import Engine, Events
+from monai.data import Dataset
+from monai.transforms import RandFlip as Flip
 from zoo import write_bundle
 
 import monai_morse
@@ -39,7 +41,19 @@ from monai_morse.wrap import wrap_bundle
 FINE = ""
 
 
-def training(folder, resume=False, epochs=2, batch=2, net=None, settings=None, decay=0.01, rate=0.1, at=None, optimizer=None):
+def training(
+    folder,
+    resume=False,
+    epochs=2,
+    batch=2,
+    net=None,
+    settings=None,
+    decay=0.01,
+    rate=0.1,
+    at=None,
+    optimizer=None,
+    transform=None,
+):
     """A tiny training as a bundle's: four cases, checkpoints after each epoch; ``at`` is called when an epoch starts."""
     torch.manual_seed(0)
     net = net or torch.nn.Linear(2, 2)
@@ -57,7 +71,7 @@ def training(folder, resume=False, epochs=2, batch=2, net=None, settings=None, d
     state = TrainingState(folder / "model_last.pt", net, optimizer, resume=resume, settings=settings)
     state.attach(engine)
     try:
-        engine.run(torch.utils.data.DataLoader(torch.rand(4, 2), batch_size=batch), max_epochs=epochs)
+        engine.run(torch.utils.data.DataLoader(Dataset(torch.rand(4, 2), transform), batch_size=batch), max_epochs=epochs)
     finally:
         if getattr(state, "lock", None):
             state.lock.release(force=True)  # as the end of the process does
@@ -216,6 +230,7 @@ RESUMED = {  # (the training before, what is resumed, what must come out)
     "words of a command line": (BEFORE, {"settings": {"fold": "0", "patch_size": (32, 32)}}, FINE),
     "more epochs": ({}, {"epochs": 9}, FINE),
     "another learning rate": ({}, {"rate": 0.5}, FINE),
+    "other augmentations": ({"transform": Flip(prob=0.1)}, {"transform": Flip(prob=0.5)}, FINE),
     "a checkpoint that knows no settings": ({}, BEFORE, FINE),
     "another fold": (
         BEFORE,
@@ -261,7 +276,8 @@ def test_a_resumed_training_learns_what_it_learned_before_or_is_refused(name, tm
         with caplog.at_level("INFO"):
             training(tmp_path, True, **{"epochs": 3, **after})
         assert "after epoch 2" in caplog.text
-        assert ("the learning rate is 0.5 from here on, it was 0.1" in caplog.text) == (name == "another learning rate")
+        assert ("learning rate from here on: [0.5], before: [0.1]" in caplog.text) == (name == "another learning rate")
+        assert ("transforms of the training data" in caplog.text) == (name == "other augmentations")
         return
     with pytest.raises(InputError, match=message):
         training(tmp_path, True, **{"epochs": 3, **after})

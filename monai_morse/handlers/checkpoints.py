@@ -23,6 +23,7 @@ from torch import nn
 from monai_morse.config import typed_arguments
 from monai_morse.data import atomic_write
 from monai_morse.errors import InputError, say_how_to_go_on
+from monai_morse.fingerprint import fingerprint
 from monai_morse.networks import Morse
 from monai_morse.weights import load_matching, read_checkpoint
 
@@ -114,8 +115,9 @@ class TrainingState:
     trains, no other training may start in the folder: a lock that the system lets go of when the process ends, however it does.
 
     What changes what is learned must be the same in a resumed training: the network's options, its parameters that are trained,
-    the optimizer and its options, the cases' number, the batch size, and ``settings``. The learning rate, ``max_epochs`` and
-    the number of processes may change; the log says so. A checkpoint that does not know a setting takes any.
+    the optimizer and its options, the cases' number, the batch size, and ``settings``. ``max_epochs``, the learning rate, the
+    number of processes and the data's transforms may change; a warning says so of all but the first. A checkpoint that does not
+    know a setting takes any.
 
     Args:
         path: file to write, e.g. ``models/model_last.pt``.
@@ -161,6 +163,13 @@ class TrainingState:
         if idist.get_rank() == 0:
             self.lock = _claim(self.path.parent)
         self.settings = {**self.settings, **self._learned_from(engine)}
+        rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        transform = getattr(getattr(engine.state.dataloader, "dataset", None), "transform", None)
+        self.changeable = {
+            "learning rate": _plain(rates),
+            "processes": idist.get_world_size(),
+            "transforms of the training data, as a digest,": fingerprint(transform),
+        }
         say_how_to_go_on("no epoch is finished: the same command starts again")
         if not self.resume:
             # moved: killed before its first epoch ends, this training has nothing to resume
@@ -199,9 +208,8 @@ class TrainingState:
         if self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
-        before, processes = state.get("processes", idist.get_world_size()), idist.get_world_size()
-        if before != processes:
-            logger.warning("%d process(es) from here on, %d before: a step learns of other batches", processes, before)
+        for name, then, now in _differences(state.get("changeable", {}), self.changeable):
+            logger.warning("%s from here on: %s, before: %s", name, now, then)
         logger.info("resumed from %s after epoch %d", self.path, state["epoch"])
         self._can_resume(state["epoch"])
 
@@ -216,9 +224,6 @@ class TrainingState:
         self._check_same(_differences({"groups": _sizes(then)}, {"groups": _sizes(now)}, "the optimizer's "))
         for before, after in zip(then, now):
             self._check_same(_differences(_kept(before), _kept(after), "the optimizer's "))
-            old_rate, new_rate = (group.get("initial_lr", group["lr"]) for group in (before, after))
-            if old_rate != new_rate:
-                logger.warning("the learning rate is %g from here on, it was %g", new_rate, old_rate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a scheduler that steps before its optimizer
             for _ in range(epochs if self.lr_scheduler is not None else 0):
@@ -236,7 +241,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "epoch": engine.state.epoch,
             "settings": self.settings,
-            "processes": idist.get_world_size(),
+            "changeable": self.changeable,
         }
         if self.evaluator is not None:
             state["best_metric"] = float(self.evaluator.state.best_metric)
