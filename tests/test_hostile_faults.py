@@ -15,6 +15,7 @@ import time
 import typing
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -53,6 +54,7 @@ def training(
     at=None,
     optimizer=None,
     transform=None,
+    processes=1,
 ):
     """A tiny training as a bundle's: four cases, checkpoints after each epoch; ``at`` is called when an epoch starts."""
     torch.manual_seed(0)
@@ -70,8 +72,10 @@ def training(
         engine.add_event_handler(Events.EPOCH_STARTED, at)
     state = TrainingState(folder / "model_last.pt", net, optimizer, resume=resume, settings=settings)
     state.attach(engine)
+    loader = torch.utils.data.DataLoader(Dataset(torch.rand(4, 2), transform), batch_size=batch)
     try:
-        engine.run(torch.utils.data.DataLoader(Dataset(torch.rand(4, 2), transform), batch_size=batch), max_epochs=epochs)
+        with mock.patch.object(checkpoints.idist, "get_world_size", return_value=processes):
+            engine.run(loader, max_epochs=epochs)
     finally:
         if getattr(state, "lock", None):
             state.lock.release(force=True)  # as the end of the process does
@@ -240,6 +244,7 @@ RESUMED = {  # (the training before, what is resumed, what must come out)
     "another patch": (BEFORE, {"settings": {"patch_size": [16, 16]}}, r"patch_size \[32, 32\], not \[16, 16\]"),
     "two settings": (BEFORE, {"settings": {"fold": 1, "schedule": "ramp"}}, "fold 0, not 1, schedule 'scratch', not 'ramp'"),
     "another batch": ({}, {"batch": 4}, "batch_size 2, not 4"),
+    "two processes": ({"processes": 2, "batch": 1}, {"batch": 2}, FINE),
     "another weight decay": ({}, {"decay": 0.5}, "the optimizer's weight_decay 0.01, not 0.5"),
     "another optimizer": (
         {"net": torch.nn.Linear(2, 2)},
@@ -277,6 +282,7 @@ def test_a_resumed_training_learns_what_it_learned_before_or_is_refused(name, tm
             training(tmp_path, True, **{"epochs": 3, **after})
         assert "after epoch 2" in caplog.text
         assert ("learning rate from here on: [0.5], before: [0.1]" in caplog.text) == (name == "another learning rate")
+        assert ("processes from here on: 1, before: 2" in caplog.text) == (name == "two processes")
         assert ("transforms of the training data" in caplog.text) == (name == "other augmentations")
         return
     with pytest.raises(InputError, match=message):

@@ -116,8 +116,8 @@ class TrainingState:
 
     What changes what is learned must be the same in a resumed training: the network's options, its parameters that are trained,
     the optimizer and its options, the cases' number, the batch size, and ``settings``. ``max_epochs``, the learning rate, the
-    number of processes and the data's transforms may change; a warning says so of all but the first. A checkpoint that does not
-    know a setting takes any.
+    number of processes, with it the batch size, and the data's transforms may change; a warning says so of all but the first.
+    A checkpoint that does not know a setting takes any.
 
     Args:
         path: file to write, e.g. ``models/model_last.pt``.
@@ -164,10 +164,12 @@ class TrainingState:
             self.lock = _claim(self.path.parent)
         self.settings = {**self.settings, **self._learned_from(engine)}
         rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
-        transform = getattr(getattr(engine.state.dataloader, "dataset", None), "transform", None)
+        loader = engine.state.dataloader
+        transform = getattr(getattr(loader, "dataset", None), "transform", None)
         self.changeable = {
             "learning rate": _plain(rates),
             "processes": idist.get_world_size(),
+            "batch of all processes": (getattr(loader, "batch_size", None) or 0) * idist.get_world_size(),
             "transforms of the training data, as a digest,": fingerprint(transform),
         }
         say_how_to_go_on("no epoch is finished: the same command starts again")
@@ -199,7 +201,9 @@ class TrainingState:
     def _go_on(self, engine: Engine, state: Any) -> None:
         if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "settings"} <= state.keys():
             raise InputError(f"{self.path} holds weights alone, no training to resume; start without --resume")
-        self._check_same(_differences(state["settings"], self.settings))
+        changed = _differences(state.get("changeable", {}), self.changeable)
+        free = {"batch_size"} if "processes" in {name for name, _, _ in changed} else set()  # it is each process's
+        self._check_same([d for d in _differences(state["settings"], self.settings) if d[0] not in free])
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
         _load_network(unwrap(self.network), state["model"], self.path)
@@ -208,7 +212,7 @@ class TrainingState:
         if self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
-        for name, then, now in _differences(state.get("changeable", {}), self.changeable):
+        for name, then, now in changed:
             logger.warning("%s from here on: %s, before: %s", name, now, then)
         logger.info("resumed from %s after epoch %d", self.path, state["epoch"])
         self._can_resume(state["epoch"])
