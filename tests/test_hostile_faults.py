@@ -183,7 +183,7 @@ def test_a_checkpoint_is_read_or_refused_by_name_wherever_it_is_read(name, reade
     if message == FINE:
         READERS[reader](path)
         return
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())
     with pytest.raises(InputError, match=message) as caught:
         READERS[reader](path)
     told = str(caught.value)
