@@ -21,7 +21,7 @@ from ignite.engine import Engine, Events
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
-from monai_morse.config import parse_bool
+from monai_morse.config import parse_bool, typed_arguments
 from monai_morse.data import atomic_write, case_names, raise_if_skipped
 from monai_morse.data.checks import find_problem, limits_of
 from monai_morse.data.dicom import is_dicom_scan
@@ -97,6 +97,7 @@ class _Watch:
         logger.debug(self.reason, exc_info=error)
 
 
+@typed_arguments
 def run_scans(evaluator: Any, from_start: bool = False, listener: Listener | None = None) -> list[dict[str, Any]]:
     """Run an evaluator on all cases of its dataset; one that fails is logged by name and left out.
 

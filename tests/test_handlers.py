@@ -100,7 +100,7 @@ def test_epochs_draw_the_same_numbers_wherever_training_starts():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, "x"])
 def test_a_seed_that_cannot_be_one_is_an_error_at_once(seed):
-    with pytest.raises(InputError, match="seed must be an integer"):
+    with pytest.raises(InputError, match="seed must be a whole number in"):
         EpochSeed(seed)
 
 

@@ -200,7 +200,7 @@ def processes(files, folder, **words):
 
 def test_two_processes_train_and_evaluate_as_one_network(random_scans, tmp_path):
     words = {"dataset_dir": str(random_scans), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path), "batch_size": 1}
-    run_here("train", ["train"], bundle_root=str(BUNDLE), max_epochs=2, **TINY, **{**words, "batch_size": 2})
+    run_here("train", ["train"], bundle_root=str(BUNDLE), max_epochs=2, **TINY, **words)
     log = processes(["train", "multi_gpu_train"], tmp_path, max_epochs=5, resume=True, **words)
     assert "resumed from" in log and log.count("-- train_loss: ") == 3  # one process tells
     assert "Iter: 3/3" in log  # 6 cases to train on, 3 for each

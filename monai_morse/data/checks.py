@@ -104,7 +104,7 @@ def find_problem(
         fault = voxel_fault(voxels, in_channels)
         if fault:
             return f"{path}: {fault}"
-        lacking = no_hounsfield(voxels) if parse_bool(limits.hounsfield, "hounsfield") else None
+        lacking = no_hounsfield(voxels) if limits.hounsfield else None
         if lacking:
             logger.warning("%s: these are not Hounsfield units: %s; organs will be missed", path, lacking)
         if "label" not in case:

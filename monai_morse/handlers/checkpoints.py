@@ -114,8 +114,8 @@ class TrainingState:
     trains, no other training may start in the folder: a lock that the system lets go of when the process ends, however it does.
 
     What changes what is learned must be the same in a resumed training: the network's options, its parameters that are trained,
-    the optimizer and its options, the cases' number, the batch of all processes, and ``settings``. The learning rate and
-    ``max_epochs`` may change; the log says so. A checkpoint that does not know a setting takes any.
+    the optimizer and its options, the cases' number, the batch size, and ``settings``. The learning rate, ``max_epochs`` and
+    the number of processes may change; the log says so. A checkpoint that does not know a setting takes any.
 
     Args:
         path: file to write, e.g. ``models/model_last.pt``.
@@ -183,7 +183,7 @@ class TrainingState:
         found["trained parameters"] = sum(p.numel() for p in network.parameters() if p.requires_grad)
         found["optimizer"] = type(self.optimizer).__name__
         if getattr(loader, "batch_size", None):
-            found["batch of all processes"] = loader.batch_size * idist.get_world_size()
+            found["batch_size"] = loader.batch_size
             found["cases"] = len(loader.dataset)
         return _plain(found)
 
@@ -199,6 +199,9 @@ class TrainingState:
         if self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        before, processes = state.get("processes", idist.get_world_size()), idist.get_world_size()
+        if before != processes:
+            logger.warning("%d process(es) from here on, %d before: a step learns of other batches", processes, before)
         logger.info("resumed from %s after epoch %d", self.path, state["epoch"])
         self._can_resume(state["epoch"])
 
@@ -233,6 +236,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "epoch": engine.state.epoch,
             "settings": self.settings,
+            "processes": idist.get_world_size(),
         }
         if self.evaluator is not None:
             state["best_metric"] = float(self.evaluator.state.best_metric)
