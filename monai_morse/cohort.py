@@ -141,6 +141,7 @@ def run_scans(evaluator: Any, from_start: bool = False, listener: Listener | Non
     return done
 
 
+@typed_arguments
 def run_cohort(
     evaluator: Any,
     postprocessing: Any,
