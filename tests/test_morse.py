@@ -81,7 +81,7 @@ def check_script(net, *inputs):
     with torch.no_grad():
         expected = [net(x) for x in inputs]
         stored = io.BytesIO()
-        torch.jit.save(torch.jit.script(net), stored)
+        torch.jit.save(torch.jit.script(net).train().eval(), stored)
         stored.seek(0)
         loaded = torch.jit.load(stored)
         assert all(torch.allclose(loaded(x), e, atol=1e-5) for x, e in zip(inputs, expected))

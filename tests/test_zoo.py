@@ -23,6 +23,7 @@ from monai.bundle import (
 )
 from monai.data import MetaTensor, load_net_with_metadata
 from monai.transforms import Compose, SaveImaged
+from test_exports import import_onnxruntime
 from warm import TORCHRUN, bundle_run, run_module
 
 from monai_morse import Morse
@@ -122,8 +123,7 @@ def test_ckpt_export_scripts_and_traces(use_trace, shipped, tmp_path):
 
 
 def test_onnx_export_is_the_same_network_in_onnxruntime(shipped, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install monai_morse[export]")
-    pytest.importorskip("onnxscript", reason="pip install monai_morse[export]")
+    onnxruntime = import_onnxruntime()
     path = str(tmp_path / "model.onnx")
     check = {"verify": True, "use_ort": True, "rtol": 1e-3, "atol": 1e-4}  # MONAI's own; atol would be 0
     onnx_export("network_def", filepath=path, ckpt_file=str(WEIGHTS), converter_kwargs=check, **FILES)
@@ -200,7 +200,7 @@ def processes(files, folder, **words):
 
 def test_two_processes_train_and_evaluate_as_one_network(random_scans, tmp_path):
     words = {"dataset_dir": str(random_scans), "ckpt_dir": str(tmp_path), "output_dir": str(tmp_path), "batch_size": 1}
-    run_here("train", ["train"], bundle_root=str(BUNDLE), max_epochs=2, **TINY, **words)
+    run_here("train", ["train"], bundle_root=str(BUNDLE), max_epochs=2, **TINY, **{**words, "batch_size": 2})
     log = processes(["train", "multi_gpu_train"], tmp_path, max_epochs=5, resume=True, **words)
     assert "resumed from" in log and log.count("-- train_loss: ") == 3  # one process tells
     assert "Iter: 3/3" in log  # 6 cases to train on, 3 for each
