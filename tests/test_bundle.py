@@ -141,7 +141,7 @@ def test_inference_keeps_the_scans_geometry_and_one_broken_scan_takes_nobody_dow
     assert done.returncode == 1
     assert "1 case(s) skipped, the others are done" in done.stderr and "case_1_broken" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz", "cohort.csv"]
     pred = nib.load(tmp_path / "out/case_1_seg.nii.gz")
     assert pred.shape == (20, 24, 18) and np.allclose(pred.affine, OBLIQUE, atol=1e-5)
     assert pred.get_data_dtype() == np.uint8 and set(np.unique(pred.dataobj)) <= {0, 1, 2}
@@ -201,7 +201,10 @@ ERRORS = {
     "patch of no size": (lambda d: {"patch_size": "[10,10,10]"}, "does not take windows.*--patch_size '.16, 16, 16.'"),
     "nowhere to write": (lambda d: {"output_dir": d / "dataset.json" / "out"}, "cannot write to .*dataset.json/out"),
     "other settings": (lambda d: {"resume": "true", "fold": 1}, "training with fold 0, not 1"),
-    "other checkpoint": (lambda d: {"resume": "true", "experts": "none", "renderer": "none"}, "another arch.*--experts"),
+    "other checkpoint": (
+        lambda d: {"resume": "true", "experts": "none", "renderer": "none"},
+        "is a training with .*experts .stochastic., not .none.*renderer .anatomical., not .none.",
+    ),
 }
 
 

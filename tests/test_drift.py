@@ -113,7 +113,7 @@ def test_training_evaluation_and_inference_see_the_same_network_and_images(bundl
         assert same and all(given[k] == trained[name][k] for k in same), name
 
 
-@pytest.mark.parametrize("file", ["multi_gpu_evaluate.yaml", "logging.conf", "../LICENSE"])
+@pytest.mark.parametrize("file", ["multi_gpu_evaluate.yaml", "multi_gpu_inference.yaml", "logging.conf", "../LICENSE"])
 def test_what_does_not_depend_on_the_task_is_the_same_file(file):
     assert len({(ROOT / "bundles" / b / "configs" / file).read_text() for b in BUNDLES}) == 1
     assert (ROOT / "bundles" / BUNDLES[0] / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
@@ -121,7 +121,7 @@ def test_what_does_not_depend_on_the_task_is_the_same_file(file):
 
 # Yes or no arrives from a command line as a string: what takes it must read that.
 READS_BOOL = {"amp": "MorseInferer", "resume": "TrainingState", "freeze_backbone": "load_matching", "patch_norm": "Morse"}
-READS_BOOL |= {"check_data": "usable_cases"}
+READS_BOOL |= {"check_data": "usable_cases", "overwrite": "run_cohort"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parts[-3]}-{p.stem}")

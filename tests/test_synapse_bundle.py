@@ -293,7 +293,7 @@ ERRORS = {
     ),
     "weights": ({"pretrained_vit": "R50.npz"}, "R50.npz is for a TransUNet and the backbone is a BasicUNet"),
     "no weights": ({"pretrained_vit": "nowhere/R50.npz", "backbone": "transunet"}, "cannot read nowhere/R50.npz"),
-    "no case left": ({"num_val": 3}, "no usable case"),
+    "no case left": ({"num_val": 3}, "no case to train on"),
     "split": ({"split": "val"}, "split must be one of .*'test', 'train', 'all'.*got 'val'"),
     "no data": ({"dataset_dir": "nowhere"}, "no dataset folder at nowhere"),
 }

@@ -317,7 +317,7 @@ def try_inference(folder: Path, rng: np.random.Generator) -> Counter:
                 _check_overlay(scan, found)
         elif scan.name not in refused or not any(scan.name in line for line in lines):
             raise Find(f"{scan.name} is neither done nor refused by name")
-    if any("monai_morse.cohort" in line for line in lines):
+    if any("monai_morse.cohort: failed" in line for line in lines):
         raise Find("a scan that passed the checks failed: " + "; ".join(lines))
     done = len(list((folder / "out").glob("*_seg.nii.gz")))
     return Counter({f"{bundle} done": done, f"{bundle} refused": len(scans) - done})

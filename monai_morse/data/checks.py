@@ -129,6 +129,17 @@ def find_problem(
     return None
 
 
+def limits_of(words: Mapping[str, Any] | None) -> Limits:
+    """The limits that a config's words give.
+
+    Raises:
+        InputError: for a word that there is not.
+    """
+    for name in words or {}:
+        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
+    return Limits(**(words or {}))
+
+
 @typed_arguments
 def usable_cases(
     cases: Sequence[Mapping[str, str]],
@@ -162,9 +173,7 @@ def usable_cases(
     good: list[dict[str, str]] = []
     classes: list[set[int]] = []
     problems: list[str] = []
-    for name in limits or {}:
-        check_choice("a word of limits", name, [field.name for field in fields(Limits)])
-    bounds = Limits(**(limits or {}))
+    bounds = limits_of(limits)
     for case in tqdm(cases, desc="checking scans", unit="scan", disable=len(cases) < 20, leave=False):
         try:
             found: set[int] = set()

@@ -68,18 +68,23 @@ def is_nifti(path: str | Path) -> bool:
     return re.fullmatch(r"[^.].*\.nii(\.gz)?", Path(path).name, re.IGNORECASE) is not None
 
 
-def scans_in(path: str | Path) -> list[dict[str, str]]:
+def scans_in(path: str | Path, output_dir: str | Path | None = None) -> list[dict[str, str]]:
     """Cases ``{"image": path, "name": name}`` for inference: one NIfTI file, or all scans of a folder.
 
     These are its NIfTI files, or else those of its ``imagesTs``, or else, but for data sets with a ``dataset.json``, those of
     its subfolders; and the DICOM series in it and its subfolders, see :func:`monai_morse.data.dicom_scans`. What it holds
     beside them is logged.
 
+    Args:
+        path: of the file or folder.
+        output_dir: a folder to leave out if it lies in that one, as what is written there is no scan; default: none.
+
     Raises:
-        InputError: when there is none, or two cannot have names of their own, see :func:`case_names`.
+        InputError: when there is none, when two cannot have names of their own, see :func:`case_names`, or when
+            ``output_dir`` is the folder of the scans themselves.
     """
     path = Path(path)
-    files = [path] if path.is_file() else sorted(_files_below(path))
+    files = [path] if path.is_file() else sorted(_files_below(path, output_dir))
     places = [{path.parent if path.is_file() else path}, {path / "imagesTs"}]
     if not (path / "dataset.json").is_file():
         places.append({f.parent for f in files})
@@ -90,6 +95,8 @@ def scans_in(path: str | Path) -> list[dict[str, str]]:
             f"no NIfTI files (.nii, .nii.gz) at {path} or in its imagesTs, and no DICOM series in it; give a scan or a folder "
             "of scans"
         )
+    if output_dir and not path.is_file() and os.path.realpath(output_dir) in {os.path.realpath(f.parent) for f in found}:
+        raise InputError(f"{output_dir} holds the scans; give another --output_dir, or label maps would be scans next time")
     of_series = {Path(s).parents[1] for s in series}
     unread = sorted(f for f in set(files) - set(found) if f.name not in ("dataset.json", "cohort.csv"))
     for what, left in (
@@ -103,9 +110,10 @@ def scans_in(path: str | Path) -> list[dict[str, str]]:
     return [{"image": scan, "name": name} for scan, name in zip(scans, case_names(scans))]
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def _files_below(folder: Path, but: str | Path | None) -> Iterator[Path]:
+    left_out = os.path.realpath(but) if but else None
     for place, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(place, f)) != left_out]
         yield from (Path(place, f) for f in files if not f.startswith("."))
 
 
