@@ -21,7 +21,7 @@ from ignite.engine import Engine, Events
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
-from monai_morse.config import parse_bool, typed_arguments
+from monai_morse.config import typed_arguments
 from monai_morse.data import atomic_write, case_names, raise_if_skipped
 from monai_morse.data.checks import find_problem, limits_of
 from monai_morse.data.dicom import is_dicom_scan
@@ -149,7 +149,7 @@ def run_cohort(
     weights: str | Path,
     in_channels: int = 1,
     limits: Mapping[str, Any] | None = None,
-    overwrite: bool | str = False,
+    overwrite: bool = False,
 ) -> None:
     """Segment the scans of an evaluator's dataset, each checked when its turn comes, and keep ``output_dir/cohort.csv``.
 
@@ -178,7 +178,7 @@ def run_cohort(
     made_by = {"weights": file_digest(weights), "settings": settings}
     check = {"num_classes": 1, "in_channels": in_channels, "limits": limits_of(limits)}
     table = _Table(Path(output_dir), made_by, check)
-    rest = table.left_of(scans, parse_bool(overwrite, "overwrite"))
+    rest = table.left_of(scans, overwrite)
     dataset.data = rest[idist.get_rank() :: idist.get_world_size()]
     with tqdm(total=len(dataset.data), desc="scans", unit="scan", disable=True if idist.get_rank() else None) as table.bar:
         run_scans(evaluator, listener=table)
