@@ -59,7 +59,8 @@ def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
             return f"values from {low:.6g} to {high:.6g} cannot be normalised in single precision; rescale the scan"
         sample = normalised.reshape(-1)[:: max(1, normalised.numel() // 1_000_000)]
         if float(torch.quantile(sample, 0.995) - torch.quantile(sample, 0.005)) < 1e-3:
-            return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; remove the few that lie apart"
+            remedy = "clip the few that lie apart, or crop the scan to them"
+            return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; {remedy}"
     return None
 
 

@@ -294,7 +294,7 @@ class BoundaryErrors(_Inspects):
             for low, high in zip(self.edges, self.edges[1:]):
                 inside = (distance > low) & (distance <= high)
                 counts = [int(inside.sum()), *(int((w & inside).sum()) for w in wrong)]
-                self.rows.append([_case_name(output, label), low, high, *counts])
+                self.rows.append([_case_name(output, label), f"{low:g}", f"{high:g}", *counts])
         self._write()
 
     @idist.one_rank_only()
