@@ -71,8 +71,12 @@ def ending(error: BaseException | None) -> str | None:
     found = find_input_error(error)
     if found is not None:
         return f"error: {found}"
+    config = False
     while error is not None and error.__cause__ is not None:
+        config |= str(error).startswith("Failed to instantiate component")  # MONAI, of what a config names
         error = error.__cause__
+    if config and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return f"error: {error}; give one that it has"
     if isinstance(error, KeyboardInterrupt):
         return f"stopped; {_advice()}"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):

@@ -134,8 +134,10 @@ def limits_of(words: Mapping[str, Any] | None) -> Limits:
     """The limits that a config's words give.
 
     Raises:
-        InputError: for a word that there is not.
+        InputError: for a word that there is not, or what it cannot be.
     """
+    if not isinstance(words or {}, Mapping):
+        raise InputError(f"limits must be a mapping of {', '.join(field.name for field in fields(Limits))}, got {words!r}")
     for name in words or {}:
         check_choice("a word of limits", name, [field.name for field in fields(Limits)])
     return Limits(**(words or {}))
