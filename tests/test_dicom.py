@@ -16,7 +16,7 @@ from monai_morse.data import (
     SaveDicomSegd,
     ScanReader,
     dicom_scans,
-    raise_if_skipped,
+    raise_if_left_out,
     read_scan,
     scan_name,
     scans_in,
@@ -139,12 +139,12 @@ def test_a_broken_series_is_named_and_the_others_are_used(name, tmp_path, caplog
     break_it(files)
     if name != "no file any more":
         cases = scans_in(tmp_path)
-    used = usable_cases(cases, 3, skip=True)
+    used = [case for case in cases if find_problem(case, 3) is None]
     assert [scan_name(c["image"]) for c in used] == ["good"]
     problem = find_problem(cases[0], 3)
     assert re.search(message, problem), problem
-    with pytest.raises(InputError, match="1 case.s. skipped.*broken"):
-        raise_if_skipped(cases, used)
+    with pytest.raises(InputError, match="1 case.s. refused or failed.*broken"):
+        raise_if_left_out(cases, used)
 
 
 def test_a_file_that_is_no_slice_of_any_series_is_told_of(tmp_path, caplog):

@@ -32,7 +32,7 @@ from zoo import write_bundle
 import monai_morse
 from monai_morse import InputError, Morse, MorseLoss, load_matching
 from monai_morse.__main__ import main
-from monai_morse.data import check_split, msd_cases, usable_cases
+from monai_morse.data import check_split, files, msd_cases, usable_cases
 from monai_morse.errors import ending, say_how_to_go_on
 from monai_morse.handlers import EpochSeed, RenderSchedule, TrainingState, Validation, WeightsLoader, checkpoints
 from monai_morse.inferers import AutocastInferer, FineGridInferer, MorseInferer
@@ -297,10 +297,10 @@ def test_a_resumed_training_learns_what_it_learned_before_or_is_refused(name, tm
 
 
 def test_a_second_training_in_a_folder_is_refused_until_the_first_ends_however_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom monai_morse.handlers.checkpoints import _claim\n"
-        "lock = _claim(Path(sys.argv[1]))\nprint('locked', flush=True)\ntime.sleep(600)\n"
+        "import sys, time\nfrom monai_morse.data.files import lock_folder\n"
+        "lock = lock_folder(sys.argv[1], 'training', '--ckpt_dir')\nprint('locked', flush=True)\ntime.sleep(600)\n"
     )
     first = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
     try:
