@@ -182,6 +182,14 @@ def test_label_maps_become_dicom_segmentations_in_the_series_own_geometry(tmp_pa
     assert_same(nib.Nifti1Image(found.array.astype(np.float32), to_ras @ found.affine), expected)
 
 
+def test_a_segmentation_of_a_real_anonymised_series_is_kept_with_its_map(tmp_path):
+    pytest.importorskip("highdicom", reason="pip install monai_morse[dicom]")
+    (address,) = dicom_scans(real_data("abdomen_ct_dicom") / "series").values()
+    pred = label_map(address)
+    found = SaveDicomSegd("pred", tmp_path, ["liver", "lesion"])({"pred": pred})["pred"]
+    assert found.meta["dicom_seg"] == str(tmp_path / "series_seg.dcm") and (tmp_path / "series_seg.dcm").is_file()
+
+
 def test_no_segmentation_of_nifti_nor_of_an_empty_label_map(tmp_path, caplog):
     pytest.importorskip("highdicom", reason="pip install monai_morse[dicom]")
     write_dicom(tmp_path / "art", volume())

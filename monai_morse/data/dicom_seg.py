@@ -15,7 +15,7 @@ from monai.utils import optional_import
 
 from monai_morse.errors import InputError, disk_is_full
 
-from .dicom import is_dicom_scan, series_planes
+from .dicom import is_dicom_scan, series_planes, sop_class_of
 from .files import atomic_write, case_name
 
 __all__ = ["SaveDicomSegd"]
@@ -92,8 +92,11 @@ class SaveDicomSegd(MapTransform):
         frames = np.stack([labels == k for k in found], axis=-1).transpose(2, 1, 0, 3)  # a frame a slice
         if len(files) == 1:  # in the order of its frames
             frames = frames[np.argsort([p.frame for p in planes])]
+        sources = [pydicom.dcmread(f) for f in files]
+        for source in sources:
+            source.SOPClassUID = sop_class_of(source)
         segmentation = hd.seg.Segmentation(
-            source_images=[pydicom.dcmread(f) for f in files],
+            source_images=sources,
             pixel_array=frames.astype(np.uint8),
             segmentation_type="BINARY",
             segment_descriptions=segments,
