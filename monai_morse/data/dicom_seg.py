@@ -95,6 +95,9 @@ class SaveDicomSegd(MapTransform):
         sources = [pydicom.dcmread(f) for f in files]
         for source in sources:
             source.SOPClassUID = sop_class_of(source)
+            source.SOPInstanceUID = source.get("SOPInstanceUID") or source.file_meta.get("MediaStorageSOPInstanceUID", "")
+        if len({source.SOPInstanceUID for source in sources} - {""}) < len(sources):
+            raise InputError("its files have no SOPInstanceUIDs of their own, which a segmentation refers to; restore them")
         segmentation = hd.seg.Segmentation(
             source_images=sources,
             pixel_array=frames.astype(np.uint8),
