@@ -21,11 +21,11 @@ from ignite.engine import Engine, Events
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
-from monai_morse.config import parse_bool
+from monai_morse.config import typed_arguments
 from monai_morse.data import atomic_write, case_names, raise_if_skipped
 from monai_morse.data.checks import find_problem, limits_of
 from monai_morse.data.dicom import is_dicom_scan
-from monai_morse.errors import InputError, find_input_error
+from monai_morse.errors import InputError, find_input_error, say_how_to_go_on
 from monai_morse.fingerprint import file_digest, fingerprint
 
 __all__ = ["run_cohort", "run_scans"]
@@ -97,6 +97,7 @@ class _Watch:
         logger.debug(self.reason, exc_info=error)
 
 
+@typed_arguments
 def run_scans(evaluator: Any, from_start: bool = False, listener: Listener | None = None) -> list[dict[str, Any]]:
     """Run an evaluator on all cases of its dataset; one that fails is logged by name and left out.
 
@@ -140,6 +141,7 @@ def run_scans(evaluator: Any, from_start: bool = False, listener: Listener | Non
     return done
 
 
+@typed_arguments
 def run_cohort(
     evaluator: Any,
     postprocessing: Any,
@@ -147,7 +149,7 @@ def run_cohort(
     weights: str | Path,
     in_channels: int = 1,
     limits: Mapping[str, Any] | None = None,
-    overwrite: bool | str = False,
+    overwrite: bool = False,
 ) -> None:
     """Segment the scans of an evaluator's dataset, each checked when its turn comes, and keep ``output_dir/cohort.csv``.
 
@@ -176,11 +178,13 @@ def run_cohort(
     made_by = {"weights": file_digest(weights), "settings": settings}
     check = {"num_classes": 1, "in_channels": in_channels, "limits": limits_of(limits)}
     table = _Table(Path(output_dir), made_by, check)
-    rest = table.left_of(scans, parse_bool(overwrite, "overwrite"))
+    rest = table.left_of(scans, overwrite)
     dataset.data = rest[idist.get_rank() :: idist.get_world_size()]
+    say_how_to_go_on("scans that are done are kept; the same command goes on with the others")
     with tqdm(total=len(dataset.data), desc="scans", unit="scan", disable=True if idist.get_rank() else None) as table.bar:
         run_scans(evaluator, listener=table)
     table.finish(scans)
+    say_how_to_go_on()
 
 
 class _Table(Listener):
@@ -316,8 +320,10 @@ class _Table(Listener):
         self._merge()
         if idist.get_rank():
             return
-        self.rows = self._read(self.path)
-        rows = [self.rows[scan["name"]] for scan in scans]
+        found = self._read(self.path)
+        rows = [found.pop(scan["name"]) for scan in scans]
+        self.rows = found | {row["name"]: row for row in rows}  # in the scans' order, whoever did them
+        self._write()
         counts = Counter(row["status"] for row in rows)
         told = ", ".join(f"{counts[s]} {s}" for s in ("done", "skipped", "refused", "failed") if counts[s])
         shown = rows if len(rows) <= self.SHOWN else [r for r in rows if r["status"] in ("refused", "failed")][: self.SHOWN]

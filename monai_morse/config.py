@@ -14,7 +14,7 @@ from monai_morse.errors import InputError
 
 __all__ = ["check_choice", "lookup", "parse_bool", "parse_number", "typed_arguments"]
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., Any])  # a function or a class
 
 
 def check_choice(name: str, word: str, words: Iterable[str]) -> None:
@@ -81,7 +81,7 @@ def parse_number(value: Any, name: str = "value", kind: type = float, within: st
 
 
 def typed_arguments(function: F) -> F:
-    """Let a function, or a class's ``__init__``, take a command line's words: MONAI hands on ``--amp false`` as a string.
+    """Let a function, an ``__init__`` or a dataclass take a command line's words: MONAI hands on ``--amp false`` as a string.
 
     An argument annotated as ``bool``, ``int`` or ``float``, alone or beside ``None`` or a sequence of numbers, becomes what its
     word means in YAML, or an :class:`InputError` that names it. One that may be a ``str`` too is left as it is.
@@ -95,6 +95,9 @@ def typed_arguments(function: F) -> F:
     Traceback (most recent call last):
     monai_morse.errors.InputError: crop: pad must be true or false, got 'maybe'
     """
+    if inspect.isclass(function):
+        function.__init__ = typed_arguments(function.__init__)  # type: ignore[method-assign]
+        return function
     signature = inspect.signature(function)
     owner = function.__qualname__.removesuffix(".__init__")
 
@@ -129,6 +132,11 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         return parse_bool(value, name)
     if isinstance(value, (list, tuple)):
         items = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is Sequence]
-        return [parse_number(v, name, items[0]) for v in value] if items and items[0] in (int, float) else value
+        return [_number(v, name, items[0]) for v in value] if items and items[0] in (int, float) else value
     numbers = [k for k in (float, int) if k in kinds]
-    return parse_number(value, name, numbers[0]) if numbers else value
+    return _number(value, name, numbers[0]) if numbers else value
+
+
+def _number(value: Any, name: str, kind: type) -> Any:
+    number = parse_number(value, name, kind)
+    return value if kind is float and isinstance(value, int) else number  # 1 is a float to Python too

@@ -36,7 +36,7 @@ def find_input_error(error: BaseException | None) -> InputError | None:
             return error
         told = IN_WORKER.search(str(error)) if _from_worker(error) else None
         if told:
-            return InputError(told[1])
+            return InputError(told[1].rstrip())
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None

@@ -201,7 +201,10 @@ ERRORS = {
     "patch of no size": (lambda d: {"patch_size": "[10,10,10]"}, "does not take windows.*--patch_size '.16, 16, 16.'"),
     "nowhere to write": (lambda d: {"output_dir": d / "dataset.json" / "out"}, "cannot write to .*dataset.json/out"),
     "other settings": (lambda d: {"resume": "true", "fold": 1}, "training with fold 0, not 1"),
-    "other checkpoint": (lambda d: {"resume": "true", "experts": "none", "renderer": "none"}, "another arch.*--experts"),
+    "other checkpoint": (
+        lambda d: {"resume": "true", "experts": "none", "renderer": "none"},
+        "is a training with .*experts .stochastic., not .none.*renderer .anatomical., not .none.",
+    ),
 }
 
 

@@ -104,7 +104,9 @@ def test_windows_that_do_not_fit_are_errors_with_one_that_does(name, wanted, wra
         check_window(net, [20, 24, 18])
     with pytest.raises(InputError, match="does not take 3 channel"):
         check_window(net, [32, 48, 32], in_channels=3)
-    for size in (32, "32", [32.0, 32, 32], [0, 32, 32]):
+    with pytest.raises(InputError, match="size must be a whole number, got 32.5"):
+        check_window(net, [32.5, 32, 32])
+    for size in (32, "32", [0, 32, 32]):
         with pytest.raises(InputError, match="patch_size must be a list of positive numbers"):
             check_window(net, size)
 

@@ -100,7 +100,7 @@ def test_epochs_draw_the_same_numbers_wherever_training_starts():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, "x"])
 def test_a_seed_that_cannot_be_one_is_an_error_at_once(seed):
-    with pytest.raises(InputError, match="seed must be an integer"):
+    with pytest.raises(InputError, match="seed must be a whole number in"):
         EpochSeed(seed)
 
 
@@ -162,8 +162,8 @@ def test_a_fresh_start_keeps_the_earlier_training(tmp_path):
 
 def test_a_fresh_start_leaves_nothing_of_another_training_to_resume(tmp_path):
     training(tmp_path, False, 2)
-    engine = Engine(lambda engine, batch: engine.terminate())  # ends before its first epoch does
-    TrainingState(tmp_path / "last.pt", torch.nn.Linear(2, 2), None).start(engine)
+    engine, net = Engine(lambda engine, batch: engine.terminate()), torch.nn.Linear(2, 2)  # ends before its first epoch does
+    TrainingState(tmp_path / "last.pt", net, torch.optim.SGD(net.parameters(), 0.1)).start(engine)
     assert files(tmp_path) == ["last.previous.pt"]
 
 

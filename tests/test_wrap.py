@@ -238,7 +238,7 @@ ERRORS = {
     "weights of another network": (other_weights, "models/model.pt is no checkpoint of `network_def`.*1 new"),
     "a MORSE bundle": (wrap_in_place, "configs/inference.json cannot be wrapped: it is a Morse already"),
     "random in eval mode": (noisy, "configs/train.json does not predict what the original does.*random in eval mode"),
-    "weights that could run code": (pickled_network, "model.pt cannot be read as a checkpoint of weights only"),
+    "weights that could run code": (pickled_network, "model.pt holds a .*UNet, which is not read, for it could run code"),
 }
 
 

@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seen = dataset.transform(case)
         image = seen["image"][None].to(next(network.parameters()).device)
         with torch.no_grad():
-            found = inferer(image, network.inspect)
-        weights, rendered = (torch.as_tensor(found[name]).cpu()[0] for name in ("expert_weights", "rendered"))
+            maps = inferer(image, network.inspect)
+        weights, rendered = (maps[name].as_tensor().cpu()[0] for name in ("expert_weights", "rendered"))
         for name, mask in places(rendered, seen["label"].as_tensor()).items():
             found.setdefault(name, []).append(spread(weights.flatten(1), mask))
     experts = range(1, len(weights) + 1)

@@ -59,7 +59,8 @@ def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
             return f"values from {low:.6g} to {high:.6g} cannot be normalised in single precision; rescale the scan"
         sample = normalised.reshape(-1)[:: max(1, normalised.numel() // 1_000_000)]
         if float(torch.quantile(sample, 0.995) - torch.quantile(sample, 0.005)) < 1e-3:
-            return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; remove the few that lie apart"
+            remedy = "clip the few that lie apart, or crop the scan to them"
+            return f"values from {low:.6g} to {high:.6g}, yet nearly all are alike; {remedy}"
     return None
 
 
@@ -103,7 +104,7 @@ def find_problem(
         fault = voxel_fault(voxels, in_channels)
         if fault:
             return f"{path}: {fault}"
-        lacking = no_hounsfield(voxels) if parse_bool(limits.hounsfield, "hounsfield") else None
+        lacking = no_hounsfield(voxels) if limits.hounsfield else None
         if lacking:
             logger.warning("%s: these are not Hounsfield units: %s; organs will be missed", path, lacking)
         if "label" not in case:

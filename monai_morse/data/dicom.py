@@ -44,7 +44,8 @@ SLICES = tuple(STORAGE + n for n in ("2", "4", "128"))
 """CT, MR and PET Image Storage"""
 READ = SLICES + tuple(STORAGE + n for n in ("2.1", "4.1", "130", "2.2", "4.4", "128.1"))
 """SOP classes that are read: those, their enhanced and their legacy converted enhanced forms"""
-IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "Modality")
+TITLE = ("SeriesNumber", "SeriesDescription")
+IDENTITY = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", *TITLE)
 PIXELS = ("ImageType", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "FrameOfReferenceUID")
 PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness")
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
@@ -71,22 +72,7 @@ def is_dicom_scan(path: str | Path) -> bool:
     return str(path).endswith(SUFFIX)
 
 
-def _is_dicom_file(path: Path) -> bool:
-    """By the mark that part 10 of the standard puts at byte 128, or by a first tag without it; names say nothing."""
-    if path.name.startswith(".") or path.name.lower().endswith((".nii", ".nii.gz")) or not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        start = file.read(132)
-    return start[128:] == b"DICM" or start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"
-
-
-def _header(file: Path) -> pydicom.Dataset:
-    status = file.stat()
-    return _read_header(str(file), status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=4096)
-def _read_header(file: str, *version: int) -> pydicom.Dataset:
+def _header(file: str | Path) -> pydicom.Dataset:
     return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*IDENTITY, *PIXELS, *PLACE, *GROUPS])
 
 
@@ -97,31 +83,55 @@ def _sop_class(header: pydicom.Dataset) -> UID:
 # --- which series there are
 
 
-Series = dict[str, list[tuple[Path, pydicom.Dataset]]]  # files and their headers by SeriesInstanceUID
+class _Identity(NamedTuple):
+    """What a file is."""
+
+    left_out: str  # why it belongs to no scan; "": it does
+    series: str = ""
+    instance: str = ""
+    number: str = ""
+    text: str = ""
+
+
+SILENT, UNREAD, CAPTURE = "of no image", "without a readable image", "that are secondary captures"
+Series = dict[str, dict[str, _Identity]]  # files by the series' identifier
+
+
+@lru_cache(maxsize=2**16)
+def _identity(file: str, *version: int) -> _Identity:
+    with open(file, "rb") as stream:
+        start = stream.read(132)
+    # the mark of part 10 of the standard, or a first tag without it; names say nothing
+    if start[128:] != b"DICM" and not (start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"):
+        return _Identity(SILENT)
+    try:
+        header = _header(file)
+        instance, number, text = (str(header.get(tag) or "").strip() for tag in ("SOPInstanceUID", *TITLE))
+        series = str(header.SeriesInstanceUID or f"series{number}")  # blanked: anonymised
+    except Exception:  # pydicom has many
+        return _Identity(UNREAD)
+    if _sop_class(header) == SECONDARY_CAPTURE:
+        return _Identity(CAPTURE)
+    if header.get("Modality") in NO_IMAGES or "Rows" not in header:
+        return _Identity(SILENT)
+    return _Identity("" if re.fullmatch(r"[\w.]+", series) else UNREAD, series, instance, number, text)
 
 
 def _series_in(folder: Path) -> tuple[Series, dict[str, list[str]]]:
     """The images right in a folder, and the names of DICOM files left out, by why."""
     series: Series = {}
-    left_out: dict[str, list[str]] = {"without a readable image": [], "that are secondary captures": []}
-    unread, captures = left_out.values()
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
-        file = folder / name
-        if name == "DICOMDIR" or not _is_dicom_file(file):
+    left_out: dict[str, list[str]] = {SILENT: [], UNREAD: [], CAPTURE: []}
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else []:
+        no_scan = entry.name == "DICOMDIR" or entry.name.startswith(".") or entry.name.lower().endswith((".nii", ".nii.gz"))
+        if no_scan or not entry.is_file():
             continue
-        try:
-            header = _header(file)
-            uid = str(header.SeriesInstanceUID or f"series{header.get('SeriesNumber') or ''}")  # blanked: anonymised
-            is_image = header.get("Modality") not in NO_IMAGES and "Rows" in header
-        except Exception:  # pydicom has many
-            unread.append(name)
-            continue
-        if _sop_class(header) == SECONDARY_CAPTURE:
-            captures.append(name)
-        elif not re.fullmatch(r"[\w.]+", uid):
-            unread.append(name)
-        elif is_image:
-            series.setdefault(uid, []).append((file, header))
+        status = entry.stat()
+        found = _identity(entry.path, status.st_mtime_ns, status.st_size)
+        if found.left_out:
+            left_out[found.left_out].append(entry.name)
+        else:
+            series.setdefault(found.series, {})[entry.path] = found
+    del left_out[SILENT]
     return series, left_out
 
 
@@ -131,8 +141,9 @@ def _titles(series: Series) -> list[tuple[str, str]]:
         return [(next(iter(series)), "")]
     found = []
     for uid, files in series.items():
-        number, text = (str(files[0][1].get(tag, "")).strip() for tag in ("SeriesNumber", "SeriesDescription"))
-        found.append((number.zfill(8), re.sub(r"\W+", "_", f"{number}_{text}").strip("_"), uid))
+        first = next(iter(files.values()))
+        title = re.sub(r"\W+", "_", f"{first.number}_{first.text}").strip("_")
+        found.append((first.number.zfill(8), title, uid))
     found.sort()
     titles = [title for _, title, _ in found]
     return [(s, t if t and titles.count(t) == 1 else f"{t}_{i}".strip("_")) for i, (_, t, s) in enumerate(found, start=1)]
@@ -161,7 +172,7 @@ def dicom_scans(root: str | Path) -> dict[str, str]:
         for uid, title in _titles(series) if series else []:
             parts = [*folder.relative_to(root).parts, *([title] if title else [])] or [root.name]
             scans["/".join(parts)] = str(folder / uid / f"{'_'.join(parts)}{SUFFIX}")
-            slices = {str(header.get("SOPInstanceUID")) for _, header in series[uid]}
+            slices = {found.instance for found in series[uid].values()}
             elsewhere, others = seen.setdefault(uid, (folder, slices))
             if elsewhere != folder and not slices & others:
                 logger.warning(
@@ -241,10 +252,10 @@ def series_planes(address: str | Path) -> list[Plane]:
     """
     path = Path(address)
     folder, uid = path.parents[1], path.parent.name
-    files = _series_in(folder)[0].get(uid, [])
+    files = _series_in(folder)[0].get(uid, {})
     if not files:
         raise InputError(f"no DICOM series {uid} in {folder}; restore its files")
-    planes = [plane for file, header in files for plane in _planes_of(str(file), header)]
+    planes = [plane for file in files for plane in _planes_of(file, _header(file))]
     if len(files) > 1 and len(planes) > len(files):
         raise InputError(f"{len(files)} files, some with several frames, are no one stack of slices; split the series")
     (common, count), *others = Counter(p.kind for p in planes).most_common()
@@ -309,7 +320,7 @@ def read_series(address: str | Path, limits: Limits | None = None) -> nib.Nifti1
     planes = series_planes(address)
     affine = _affine(planes)
     files = list(dict.fromkeys(p.file for p in planes))
-    header = _header(Path(files[0]))
+    header = _header(files[0])
     shape = (int(header.Columns), int(header.Rows), len(planes))
     fault = affine_fault(affine) or (limits and limits.fault(shape, affine))
     if fault:

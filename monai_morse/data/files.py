@@ -19,6 +19,7 @@ from monai.config import KeysCollection
 from monai.data import NibabelWriter
 from monai.transforms import SaveImaged
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 from .dicom import dicom_scans, is_dicom_scan
@@ -244,6 +245,7 @@ class SaveMapd(SaveImaged):
         output_dir, output_postfix, output_dtype, allow_missing_keys: of ``SaveImaged``; default float32, all keys needed.
     """
 
+    @typed_arguments
     def __init__(
         self,
         keys: KeysCollection,

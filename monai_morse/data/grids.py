@@ -15,6 +15,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 __all__ = ["Limits", "MatchGridd", "ToScanGridd", "affine_fault", "grid_misfit", "grid_shift", "voxel_size"]
@@ -22,6 +23,7 @@ __all__ = ["Limits", "MatchGridd", "ToScanGridd", "affine_fault", "grid_misfit",
 FARTHEST = 1e5  # mm from the origin; beyond, an affine in float32 no longer tells neighbouring voxels apart
 
 
+@typed_arguments
 @dataclass(frozen=True)
 class Limits:
     """What a plausible scan is; others are refused before they take the machine's memory or hours.
@@ -40,7 +42,7 @@ class Limits:
     spacing: Sequence[float] = (0.05, 15.0)
     voxels: float = 2**28
     resampled_to: Sequence[float] | None = None
-    hounsfield: bool | str = False
+    hounsfield: bool = False
 
     def fault(self, shape: Sequence[int], affine: np.ndarray) -> str | None:
         """Why a scan's grid (X, Y, Z) is beyond the limits; None where it is not."""
@@ -155,6 +157,7 @@ class ToScanGridd(MapTransform):
     torch.Size([3, 8, 6, 4])
     """
 
+    @typed_arguments
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)

@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, Orientation
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 __all__ = ["ThroughPlaneLastd", "axes_by_role"]
@@ -67,6 +68,7 @@ class ThroughPlaneLastd(MapTransform):
     torch.Size([1, 8, 6, 4])
     """
 
+    @typed_arguments
     def __init__(self, keys: KeysCollection, ratio: float = 1.5, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.ratio = ratio

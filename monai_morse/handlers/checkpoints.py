@@ -23,6 +23,7 @@ from torch import nn
 from monai_morse.config import typed_arguments
 from monai_morse.data import atomic_write
 from monai_morse.errors import InputError, say_how_to_go_on
+from monai_morse.fingerprint import fingerprint
 from monai_morse.networks import Morse
 from monai_morse.weights import load_matching, read_checkpoint
 
@@ -114,8 +115,9 @@ class TrainingState:
     trains, no other training may start in the folder: a lock that the system lets go of when the process ends, however it does.
 
     What changes what is learned must be the same in a resumed training: the network's options, its parameters that are trained,
-    the optimizer and its options, the cases' number, the batch of all processes, and ``settings``. The learning rate and
-    ``max_epochs`` may change; the log says so. A checkpoint that does not know a setting takes any.
+    the optimizer and its options, the cases' number, the batch size, and ``settings``. ``max_epochs``, the learning rate, the
+    number of processes, with it the batch size, and the data's transforms may change; a warning says so of all but the first.
+    A checkpoint that does not know a setting takes any.
 
     Args:
         path: file to write, e.g. ``models/model_last.pt``.
@@ -161,6 +163,15 @@ class TrainingState:
         if idist.get_rank() == 0:
             self.lock = _claim(self.path.parent)
         self.settings = {**self.settings, **self._learned_from(engine)}
+        rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        loader = engine.state.dataloader
+        transform = getattr(getattr(loader, "dataset", None), "transform", None)
+        self.changeable = {
+            "learning rate": _plain(rates),
+            "processes": idist.get_world_size(),
+            "batch of all processes": (getattr(loader, "batch_size", None) or 0) * idist.get_world_size(),
+            "transforms of the training data, as a digest,": fingerprint(transform),
+        }
         say_how_to_go_on("no epoch is finished: the same command starts again")
         if not self.resume:
             # moved: killed before its first epoch ends, this training has nothing to resume
@@ -183,14 +194,16 @@ class TrainingState:
         found["trained parameters"] = sum(p.numel() for p in network.parameters() if p.requires_grad)
         found["optimizer"] = type(self.optimizer).__name__
         if getattr(loader, "batch_size", None):
-            found["batch of all processes"] = loader.batch_size * idist.get_world_size()
+            found["batch_size"] = loader.batch_size
             found["cases"] = len(loader.dataset)
         return _plain(found)
 
     def _go_on(self, engine: Engine, state: Any) -> None:
         if not isinstance(state, Mapping) or not {"model", "optimizer", "epoch", "settings"} <= state.keys():
             raise InputError(f"{self.path} holds weights alone, no training to resume; start without --resume")
-        self._check_same(_differences(state["settings"], self.settings))
+        changed = _differences(state.get("changeable", {}), self.changeable)
+        free = {"batch_size"} if "processes" in {name for name, _, _ in changed} else set()  # it is each process's
+        self._check_same([d for d in _differences(state["settings"], self.settings) if d[0] not in free])
         if state["epoch"] >= engine.state.max_epochs:
             raise InputError(f"{self.path} has already {state['epoch']} epochs; resume with a larger --max_epochs to train on")
         _load_network(unwrap(self.network), state["model"], self.path)
@@ -199,6 +212,8 @@ class TrainingState:
         if self.evaluator is not None and "best_metric" in state:
             self.evaluator.state.best_metric = state["best_metric"]
             self.evaluator.state.best_metric_epoch = state["best_metric_epoch"]
+        for name, then, now in changed:
+            logger.warning("%s from here on: %s, before: %s", name, now, then)
         logger.info("resumed from %s after epoch %d", self.path, state["epoch"])
         self._can_resume(state["epoch"])
 
@@ -213,9 +228,6 @@ class TrainingState:
         self._check_same(_differences({"groups": _sizes(then)}, {"groups": _sizes(now)}, "the optimizer's "))
         for before, after in zip(then, now):
             self._check_same(_differences(_kept(before), _kept(after), "the optimizer's "))
-            old_rate, new_rate = (group.get("initial_lr", group["lr"]) for group in (before, after))
-            if old_rate != new_rate:
-                logger.warning("the learning rate is %g from here on, it was %g", new_rate, old_rate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a scheduler that steps before its optimizer
             for _ in range(epochs if self.lr_scheduler is not None else 0):
@@ -233,6 +245,7 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "epoch": engine.state.epoch,
             "settings": self.settings,
+            "changeable": self.changeable,
         }
         if self.evaluator is not None:
             state["best_metric"] = float(self.evaluator.state.best_metric)

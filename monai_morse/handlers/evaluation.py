@@ -20,6 +20,7 @@ from monai.engines.utils import IterationEvents
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance, compute_iou
 from monai.networks.utils import eval_mode
 
+from monai_morse.config import typed_arguments
 from monai_morse.data import ToScanGridd, atomic_write, case_name
 from monai_morse.errors import InputError
 from monai_morse.metrics import PaperFigures, boundary_distance, paper_figures
@@ -229,6 +230,7 @@ class CasePictures(_Inspects):
         InputError: when the engine's network is not :class:`monai_morse.Morse`.
     """
 
+    @typed_arguments
     def __init__(self, folder: str, slices: int = 3, label_key: str = "label") -> None:
         super().__init__()
         self.folder = Path(folder)
@@ -271,6 +273,7 @@ class BoundaryErrors(_Inspects):
 
     COLUMNS = ("case", "from_mm", "to_mm", "voxels", "coarse_wrong", "rendered_wrong")
 
+    @typed_arguments
     def __init__(self, path: str, edges: Sequence[float] = (0, 1, 2, 3, 5, 8, 12, math.inf), label_key: str = "label") -> None:
         super().__init__()
         self.path = Path(path)
@@ -291,7 +294,7 @@ class BoundaryErrors(_Inspects):
             for low, high in zip(self.edges, self.edges[1:]):
                 inside = (distance > low) & (distance <= high)
                 counts = [int(inside.sum()), *(int((w & inside).sum()) for w in wrong)]
-                self.rows.append([_case_name(output, label), low, high, *counts])
+                self.rows.append([_case_name(output, label), f"{low:g}", f"{high:g}", *counts])
         self._write()
 
     @idist.one_rank_only()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -13,6 +14,7 @@ from monai.handlers import ValidationHandler
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
 
+from monai_morse.config import parse_number, typed_arguments
 from monai_morse.errors import InputError
 from monai_morse.losses import LAMBDA_REND, MorseLoss, check_weight, render_weight
 from monai_morse.networks import MorseOutput
@@ -41,6 +43,7 @@ class RenderSchedule:
     [0.0, 0.0, 0.025, 0.05]
     """
 
+    @typed_arguments
     def __init__(self, loss: MorseLoss, schedule: str = "scratch", lambda_rend: float = LAMBDA_REND) -> None:
         render_weight(0, 1, schedule)  # an unknown word is an error now, not at the first iteration
         check_weight("lambda_rend", lambda_rend)
@@ -108,13 +111,11 @@ class EpochSeed:
         transform: the training data's random transform.
 
     Raises:
-        InputError: when the seed is no integer from 0 on.
+        InputError: when the seed is no whole number from 0 on.
     """
 
     def __init__(self, seed: int = 0, transform: Randomizable | None = None) -> None:
-        if not isinstance(seed, int) or seed < 0:
-            raise InputError(f"seed must be an integer from 0 on, got {seed!r}")
-        self.seed = seed
+        self.seed = parse_number(seed, "seed", int, "[0, inf)")
         self.transform = transform
 
     def attach(self, engine: Engine) -> None:
@@ -136,8 +137,11 @@ class Validation(ValidationHandler):
     """MONAI's ``ValidationHandler``, which validates after the last epoch too, whatever the interval.
 
     Args:
-        interval: validate every so many epochs.
+        interval: validate every so many epochs, 1 at least.
         validator: the evaluator.
+
+    Raises:
+        InputError: when the interval is no whole number from 1 on.
 
     >>> from monai.engines import Evaluator
     >>> validator, seen = Evaluator("cpu", [0]), []
@@ -148,6 +152,9 @@ class Validation(ValidationHandler):
     >>> seen
     [2, 4, 5]
     """
+
+    def __init__(self, interval: int, validator: Any) -> None:
+        super().__init__(parse_number(interval, "interval (val_interval)", int, "[1, inf)"), validator)
 
     def attach(self, engine: Engine) -> None:
         def due(engine: Engine, epoch: int) -> bool:

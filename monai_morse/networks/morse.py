@@ -177,7 +177,7 @@ class Morse(nn.Module):
 
     @torch.jit.unused
     def train(self, mode: bool = True) -> "Morse":
-        super().train(mode)
+        nn.Module.train(self, mode)  # not super(), which a scripted twin, that calls this too, is no instance of
         if self.frozen:
             self.decoder.eval()
         return self

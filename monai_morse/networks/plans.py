@@ -9,6 +9,7 @@ from typing import Any
 
 from monai.networks.nets import DynUNet
 
+from monai_morse.config import typed_arguments
 from monai_morse.errors import InputError
 
 __all__ = ["UNetPlan", "plan_unet", "planned_dynunet", "seen_by_backbone"]
@@ -39,6 +40,7 @@ class UNetPlan:
         return "\n".join(f"level {i}: {f} channels, kernel {k}, stride {s}" for i, (f, k, s) in enumerate(rows))
 
 
+@typed_arguments
 def seen_by_backbone(size: Sequence[int], stride: int | Sequence[int] = 1) -> list[int]:
     """Spatial size of what a backbone sees of a window, with a ``stride`` of :class:`Morse`.
 
@@ -49,6 +51,7 @@ def seen_by_backbone(size: Sequence[int], stride: int | Sequence[int] = 1) -> li
     return [-(-s // k) for s, k in zip(size, strides, strict=True)]
 
 
+@typed_arguments
 def plan_unet(
     spacing: Sequence[float], patch_size: Sequence[int], features: int = 32, max_features: int = 320, max_levels: int = 6
 ) -> UNetPlan:
@@ -100,6 +103,7 @@ def plan_unet(
     return UNetPlan(kernels, strides, [min(features * 2**i, max_features) for i in range(len(strides))])
 
 
+@typed_arguments
 def planned_dynunet(
     in_channels: int,
     out_channels: int,

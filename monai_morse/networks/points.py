@@ -7,13 +7,13 @@ Pure functions of tensors; no parameters, no network. A point is the centre of a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, List, Tuple
+from typing import List, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_morse.config import parse_bool, parse_number
+from monai_morse.config import parse_number, typed_arguments
 
 __all__ = [
     "PointSelection",
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 
+@typed_arguments
 @dataclass(frozen=True)
 class PointSelection:
     """How many points are rendered and how they are chosen in training.
@@ -62,15 +63,10 @@ class PointSelection:
     multilabel: bool = False
 
     def __post_init__(self) -> None:
-        def parsed(name: str, symbol: str, kind: type, within: str) -> Any:
-            return parse_number(getattr(self, name), f"points: {name} ({symbol})", kind, within)
-
-        found = {name: parsed(name, "N_p", int, "[1, inf)") for name in ("num_train", "num_eval")}
-        found["oversample"] = None if self.oversample is None else parsed("oversample", "k_p", float, "[1, inf)")
-        found["importance_ratio"] = parsed("importance_ratio", "rho", float, "[0, 1]")
-        found["multilabel"] = parse_bool(self.multilabel, "points: multilabel")
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
+        parse_number(self.num_train, "points: num_train (N_p)", int, "[1, inf)")
+        parse_number(self.num_eval, "points: num_eval (N_p)", int, "[1, inf)")
+        parse_number(1 if self.oversample is None else self.oversample, "points: oversample (k_p)", within="[1, inf)")
+        parse_number(self.importance_ratio, "points: importance_ratio (rho)", within="[0, 1]")
 
 
 def exporting() -> bool:
