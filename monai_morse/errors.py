@@ -61,6 +61,7 @@ def _advice() -> str:
 def ending(error: BaseException | None) -> str | None:
     """One line for an error that needs no traceback: rejected input, Ctrl-C, or a file that cannot be written or read.
 
+    >>> say_how_to_go_on()  # a training or a cohort of before may have left its own words
     >>> ending(KeyboardInterrupt())
     'stopped; what is written is whole, and the same command starts again'
     >>> ending(OSError(28, "No space left on device", "a.pt"))
