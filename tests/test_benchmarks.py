@@ -98,7 +98,7 @@ def launched(row, training):
     return counter.count
 
 
-@pytest.mark.parametrize("training, rows", [(True, {"experts=none": 1.4, "": 1.9}), (False, {"experts=none": 1.85, "": 2.6})])
+@pytest.mark.parametrize("training, rows", [(True, {"experts=none": 1.45, "": 1.85}), (False, {"experts=none": 1.8, "": 2.3})])
 def test_what_is_launched_beside_the_bare_network(training, rows):
     """The marks of docs/cost.md: where launching costs more than computing, this is what a step costs."""
     bare = launched("bare", training)

@@ -262,8 +262,8 @@ class Mixture(nn.Module):
     ) -> Tuple[Tensor, List[Tensor]]:
         """x_out (B, width, P) and the features (B, C_i, P) at ``coordinates`` (B, P, len(S)) alone, without maps of size *S.
 
-        An expert is computed at the voxels that interpolation reads, or everywhere where those are more than its map has; in
-        the same product, where ``gate_logits`` are not given, for the gate.
+        An expert is computed at the voxels that interpolation reads, or everywhere where those are not far fewer than its map
+        has; in the same product, where ``gate_logits`` are not given, for the gate.
         """
         if gate_logits is None and (self.gate is None or max(self.gate_stride) == 1):
             gate_logits = self.gate_logits(features, counts, size)
@@ -274,8 +274,8 @@ class Mixture(nn.Module):
         read: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
             feature = features[i]
-            # exported, the answer of one window size would become a condition on all
-            few = exporting() or coordinates.shape[1] * 2 ** coordinates.shape[2] < feature[0, 0].numel()
+            # finding them costs as well; and exported, the answer of one window size would become a condition on all
+            few = exporting() or 1.5 * coordinates.shape[1] * 2 ** coordinates.shape[2] < feature[0, 0].numel()
             sources, weight = [feature], coordinates
             if few:
                 index, weight = corners(coordinates, list(feature.shape[2:]))
@@ -285,12 +285,13 @@ class Mixture(nn.Module):
                 if averaged.shape != sources[0].shape:  # else it is the same map
                     sources.append(averaged)
             made = _parted(mlp(_joined(sources)), sources)
-            found = torch.cat([sources[0], made[0]], dim=1)
-            found = weigh_corners(found, weight) if few else sample_grid(found, grid)
             for_gate.append(made[-1])
-            at_points, expert = found.split([feature.shape[1], self.out_channels], dim=1)
-            read.append(at_points)
-            experts.append(expert)
+            if few:
+                read.append(weigh_corners(sources[0], weight))
+                experts.append(weigh_corners(made[0], weight))
+            else:
+                read.append(sample_grid(feature, grid))
+                experts.append(sample_grid(made[0], grid))
         if gate_logits is None:
             gate_logits = self._gate(for_gate, counts, gate_size)
         weights = self.weights(sample_grid(gate_logits, grid), counts)

@@ -17,6 +17,7 @@ from .experts import Mixture, PointwiseMLP
 from .options import EXPERTS, PRESETS, RENDERERS, resolve_options
 from .points import (
     apply_affine,
+    gather_patch,
     gather_points,
     point_coordinates,
     sample_grid,
@@ -214,7 +215,7 @@ class Morse(nn.Module):
         if self.renderer is None:
             return coarse
         index = self._training_points(coarse, x) if return_points else self._uncertain_points(coarse, x)
-        rendered = self._render(maps, point_coordinates(index, size), gather_points(coarse, index), window_affine)
+        rendered = self._render_voxels(maps, index, coarse, window_affine)
         if return_points:
             return MorseOutput(maps.coarse, rendered, index)
         return write_points(coarse, index, rendered)
@@ -259,7 +260,7 @@ class Morse(nn.Module):
         rendered = torch.zeros_like(coarse[:, :1])
         if self.renderer is not None:
             index = self._uncertain_points(coarse, x)
-            at_points = self._render(maps, point_coordinates(index, size), gather_points(coarse, index), window_affine)
+            at_points = self._render_voxels(maps, index, coarse, window_affine)
             logits = write_points(coarse, index, at_points)
             rendered = write_points(rendered, index, torch.ones_like(index[:, None], dtype=rendered.dtype))
         seen = {"logits": logits, "coarse": coarse, "rendered": rendered}
@@ -309,8 +310,23 @@ class Morse(nn.Module):
         """How many voxels of the score's grid fill the space of ``num_eval`` voxels of the image."""
         return -(-self.num_eval * score.shape[1] // x[0, 0].numel())
 
-    def _render(self, maps: _Maps, coordinates: Tensor, logits: Tensor, window_affine: Optional[Tensor]) -> Tensor:
-        """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P)."""
+    def _render_voxels(self, maps: _Maps, index: Tensor, coarse: Tensor, window_affine: Optional[Tensor]) -> Tensor:
+        """Logits (B, K, P) at voxels (B, P) of the grid of the coarse logits."""
+        patch = torch.jit.annotate(Optional[Tensor], None)
+        if self.reads_patch and coarse.shape[2:] == maps.image.shape[2:]:
+            patch = gather_patch(maps.image, index, self.image_patch)
+        coordinates = point_coordinates(index, list(coarse.shape[2:]))
+        return self._render(maps, coordinates, gather_points(coarse, index), window_affine, patch)
+
+    def _render(
+        self,
+        maps: _Maps,
+        coordinates: Tensor,
+        logits: Tensor,
+        window_affine: Optional[Tensor],
+        patch: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P) and ``patch`` lies."""
         if self.renderer is None or coordinates.shape[1] == 0:
             return logits
         read: List[Tensor] = []
@@ -322,7 +338,8 @@ class Morse(nn.Module):
             x_out, features = self.mixture.at_points(maps.features, maps.counts, coordinates, size, maps.gate_logits)
             read = [x_out] + features if self.read_features else [x_out]
         if self.reads_patch:
-            patch = sample_patch(maps.image, coordinates, self.image_patch)
+            if patch is None:
+                patch = sample_patch(maps.image, coordinates, self.image_patch)
             if self.patch_norm:
                 patch = standardize_patch(patch, maps.image.shape[1])
             read.append(patch.to(read[0].dtype))

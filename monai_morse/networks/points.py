@@ -18,6 +18,7 @@ from monai_morse.config import parse_number, typed_arguments
 __all__ = [
     "PointSelection",
     "corners",
+    "gather_patch",
     "gather_points",
     "apply_affine",
     "point_coordinates",
@@ -263,6 +264,34 @@ def _blocks(coordinates: Tensor, size: List[int], sides: List[int]) -> Tuple[Ten
         along = voxels[axis, :, : sides[axis] + 1].clamp(0, size[axis] - 1)
         index = torch.add(along.unsqueeze(1), index.unsqueeze(2), alpha=size[axis]).flatten(1, 2)
     return index, fraction
+
+
+def gather_patch(x: Tensor, index: Tensor, sides: List[int]) -> Tensor:
+    """:func:`sample_patch` around voxels of ``x`` itself, where nothing has to be interpolated.
+
+    Args:
+        x: (B, C, *S). index: flat voxel indices (B, P). sides: an odd number for each axis.
+
+    Returns:
+        (B, C n, P), n the product of ``sides``, the last axis's neighbours side by side.
+
+    >>> gather_patch(torch.arange(5.0).reshape(1, 1, 1, 5), torch.tensor([[0, 2]]), [1, 3])[0, :, 1]
+    tensor([1., 2., 3.])
+    """
+    edges: List[int] = []
+    for side in sides[::-1]:
+        edges += [side // 2, side // 2]
+    padded = F.pad(x, edges, mode="replicate")  # then a voxel's neighbours are at the same distance everywhere
+    steps = torch.arange(max(sides), device=index.device)
+    first, around, stride = index, steps[: sides[-1]], 1  # of a block, its first voxel; and how far the others lie from it
+    rest = index
+    for axis in range(len(sides) - 1, 0, -1):
+        rest = torch.div(rest, x.shape[2 + axis], rounding_mode="floor")
+        first = torch.add(first, rest, alpha=stride * (padded.shape[2 + axis] - x.shape[2 + axis]))
+        stride *= padded.shape[2 + axis]
+        around = torch.add(around, steps[: sides[axis - 1]].unsqueeze(1), alpha=stride).flatten()
+    neighbours = (first.unsqueeze(1) + around.unsqueeze(1)).flatten(1)
+    return gather_points(padded, neighbours).reshape(x.shape[0], -1, index.shape[1])
 
 
 def sample_patch(x: Tensor, coordinates: Tensor, sides: List[int]) -> Tensor:

@@ -49,10 +49,14 @@ class FourierEncoding(nn.Module):
 
     def phase(self, coordinates: Tensor) -> Tensor:
         """The angles alone, (B, L, P)."""
-        # a sum of products, not a matrix product, which autocast would run in half precision
+        # sums of products, not a matrix product, which autocast would run in half precision
         dtype = torch.promote_types(self.frequencies.dtype, torch.float32)
-        turns = (2 * math.pi * coordinates.to(dtype)).transpose(1, 2).unsqueeze(1)
-        return (self.frequencies.to(dtype).unsqueeze(2) * turns).sum(2)
+        turns = (2 * math.pi * coordinates.to(dtype)).unsqueeze(1)
+        frequencies = self.frequencies.to(dtype).unsqueeze(2).unbind(1)
+        phase = frequencies[0] * turns[:, :, :, 0]
+        for axis in range(1, len(frequencies)):
+            phase = torch.addcmul(phase, frequencies[axis], turns[:, :, :, axis])
+        return phase
 
 
 class AnatomicalHead(nn.Module):
