@@ -86,6 +86,26 @@ def test_a_3d_renderer_launches_hardly_more_than_a_2d_one():
     assert added[1] < 1.5 * added[0]
 
 
+def launched(row, training):
+    """Operations of the hippocampus bundle's network at 2 mm on its windows."""
+    bundle = str(ROOT / "bundles" / "hippocampus_mri_morse")
+    net, size, batch = build(bundle, f"{row} stride=2 patch_size=[48,64,48]", True)
+    x = torch.rand(batch if training else 1, 1, *size)
+    with torch.set_grad_enabled(training), Operations() as counter:
+        out = net.train(training)(x, return_points=training)
+        if training:
+            MorseLoss()(out, torch.randint(0, 3, x.shape)).backward()
+    return counter.count
+
+
+@pytest.mark.parametrize("training, rows", [(True, {"experts=none": 1.45, "": 1.85}), (False, {"experts=none": 1.8, "": 2.3})])
+def test_what_is_launched_beside_the_bare_network(training, rows):
+    """The marks of docs/cost.md: where launching costs more than computing, this is what a step costs."""
+    bare = launched("bare", training)
+    for options, most in rows.items():
+        assert 1 < launched(f"default {options}", training) / bare <= most
+
+
 def test_a_row_that_fails_says_why(monkeypatch):
     result = measure("BasicUNet", "default width=0", 1, **OPTIONS)
     assert "InputError" in result["error"] and "(InputError" in table([result])
