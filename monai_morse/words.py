@@ -130,7 +130,9 @@ WORDS: dict[str, Callable[[str, Any], Any]] = {
 WORDS |= dict.fromkeys(("flip_prob", "rot_flip_prob", "cache_rate"), SHARE)
 WORDS |= dict.fromkeys(("batch_size", "epoch_length", "in_channels", "iterations", "max_epochs"), COUNT)
 WORDS |= dict.fromkeys(("sw_batch_size", "val_interval"), COUNT)
-WORDS |= dict.fromkeys(("amp", "check_data", "dicom_seg", "freeze_backbone", "label_maps", "overwrite", "resume"), _truth)
+WORDS |= dict.fromkeys(
+    ("amp", "check_data", "compile", "dicom_seg", "freeze_backbone", "label_maps", "overwrite", "resume"), _truth
+)
 WORDS |= dict.fromkeys(
     ("save_boundary_errors", "save_pictures", "save_predictions", "save_uncertainty", "sync_batch_norm"), _truth
 )

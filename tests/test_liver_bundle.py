@@ -98,7 +98,7 @@ def test_other_backbones_train_by_name(backbone, liver, tmp_path):
     }[backbone]
     words = {f"backbones#{backbone}#{name}": value for name, value in small.items()}
     if backbone == "swinunetr":
-        words["patch_size"] = [64, 32, 32]
+        words["patch_size"] = [64, 64, 64]
     run_here("train", ["train"], backbone=backbone, **{**folders(liver, tmp_path), **words})
     assert (tmp_path / "model.pt").is_file()
 
