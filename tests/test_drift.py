@@ -21,7 +21,7 @@ OWN = {
         *("imports", "dataset_dir", "class_names", "spacing", "window", "patch_size", "flip_prob", "rot_flip_prob"),
         *("fold", "num_folds", "num_val", "cases", "train_cases", "val_cases", "cache_rate"),
         *("backbone", "backbones", "num_experts", "paper_experts", "pretrained_vit"),
-        *("width", "patch_norm", "eval_points", "coordinates"),
+        *("width", "stride", "patch_norm", "eval_points", "coordinates"),
         *("iterations", "epoch_length", "max_epochs", "batch_size", "learning_rate", "val_interval"),
         *("overlap", "sw_batch_size", "validate#inferer#inferer", "validate#inferer#coordinates"),
         *("train#deterministic_transforms", "train#random_transforms", "train#dataset", "train#sampler", "train#dataloader"),
@@ -31,7 +31,8 @@ OWN = {
     },
     "inference.yaml": {
         *("imports", "dataset_dir", "class_names", "spacing", "window", "patch_size"),
-        *("backbone", "backbones", "num_experts", "paper_experts", "width", "patch_norm", "eval_points", "coordinates"),
+        *("backbone", "backbones", "num_experts", "paper_experts"),
+        *("width", "stride", "patch_norm", "eval_points", "coordinates"),
         *("overlap", "sw_batch_size", "inferer#inferer", "inferer#coordinates", "preprocessing#transforms", "limits"),
     },
     "evaluate.yaml": {"split", "eval_cases", "validate#preprocessing#transforms"},

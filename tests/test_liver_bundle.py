@@ -93,7 +93,7 @@ def test_every_row_of_table_2_trains(backbone, row, liver, tmp_path):
 def test_other_backbones_train_by_name(backbone, liver, tmp_path):
     small = {
         "swinunetr": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
-        "dynunet": {"filters": [4, 4, 8, 8, 8]},
+        "dynunet": {"features": 2},
         "segresnet": {"init_filters": 8},
     }[backbone]
     words = {f"backbones#{backbone}#{name}": value for name, value in small.items()}
@@ -118,7 +118,7 @@ def test_prepared_phases_train_as_channels(liver, tmp_path):
 def test_an_unknown_backbone_is_named(liver, tmp_path):
     with pytest.raises(Exception) as caught:
         run_here("train", ["train"], backbone="unet", **folders(liver, tmp_path))
-    assert "backbone must be one of ('unetr', 'unet3d'," in str(find_input_error(caught.value))
+    assert "backbone must be one of ('dynunet', 'unetr'," in str(find_input_error(caught.value))
 
 
 def test_the_papers_head_and_another_schedule_are_a_word_away(liver, tmp_path):
@@ -138,7 +138,7 @@ def test_thirty_thousand_iterations_are_the_epochs_that_make_them(tmp_path):
         (tmp_path / "dataset.json").write_text(json.dumps(content))
         parser = ConfigParser()
         parser.read_config(str(CONFIGS / "train.yaml"))
-        parser.update({"dataset_dir": str(tmp_path), "num_folds": folds})
+        parser.update({"dataset_dir": str(tmp_path), "num_folds": folds, "preset": "paper"})
         assert parser.get_parsed_content("max_epochs") == epochs
 
 
@@ -169,7 +169,7 @@ def test_nifti_and_dicom_are_segmented_in_their_own_geometry(liver, tmp_path):
     with pytest.raises(Exception) as caught:
         run_here("infer", ["inference"], dicom_seg=True, save_uncertainty=True, **options, **words)
     said = str(find_input_error(caught.value))
-    assert "1 case(s) skipped, the others are done" in said and "both_4_t1_art" in said
+    assert "1 case(s) refused or failed, the others are done" in said and "both_4_t1_art" in said
     dicom = dicom_scans(scans)
     expected = {"mr": scans / "mr.nii.gz", "patient.1_ven": dicom["patient.1/ven"], "both_3_t1_pre": dicom["both/3_t1_pre"]}
     found = sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz"))
@@ -182,6 +182,22 @@ def test_nifti_and_dicom_are_segmented_in_their_own_geometry(liver, tmp_path):
     if voxels.any():
         seg = hd.seg.segread(tmp_path / "out" / "both_3_t1_pre_seg.dcm")
         assert seg.get_volume(combine_segments=True).array.sum() == voxels.sum()
+
+
+def test_a_coronal_scan_is_seen_by_its_own_slices(tmp_path, caplog):
+    affine = np.array([[-1, 0, 0, 30], [0, 0, 4, 12], [0, 1, 0, 7], [0, 0, 0, 1.0]])  # slices of 4 mm, from back to front
+    data = write_msd(tmp_path / "data", classes=("liver",), affine=affine)
+    words = {"spacing": [1.0, 1.0, 4.0], "patch_size": [32, 32, 16], "backbones#dynunet#features": 2}
+    run = run_here("train", ["train"], **words, **folders(data, tmp_path))
+    net, cached = run.parser.get_parsed_content("network"), run.parser.get_parsed_content("train#dataset")
+    assert net.stride == [2, 2, 1] and net.decoder.backbone.kernel_size[0] == [3, 3, 1]
+    assert nib.aff2axcodes(cached[0][0]["image"].affine.numpy()) == ("R", "S", "A")
+    out = {"dataset_dir": str(data / "imagesTr"), "output_dir": str(tmp_path / "out"), "weights": str(tmp_path / "model.pt")}
+    run_here("infer", ["inference"], **words, **out)
+    assert "its slices are coronal" in caplog.text
+    for path in (data / "imagesTr").glob("*.nii.gz"):
+        seg = nib.load(tmp_path / "out" / path.name.replace(".nii", "_seg.nii"))
+        assert seg.shape == (20, 24, 18) and np.allclose(seg.affine, affine, atol=1e-6)
 
 
 def test_without_weights_inference_says_what_to_do(liver, tmp_path):
@@ -211,7 +227,9 @@ def test_required_properties_are_there(config, kind, liver):
 def test_metadata_has_its_version_in_the_changelog_and_the_declared_network():
     meta = json.loads((CONFIGS / "metadata.json").read_text())
     assert meta["version"] == next(iter(meta["changelog"]))
-    train = ConfigParser.load_config_file(CONFIGS / "train.yaml")
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "train.yaml"))
+    train = {name: parser.get_parsed_content(name) for name in ("class_names", "patch_size")}
     output = meta["network_data_format"]["outputs"]["pred"]
     assert list(output["channel_def"].values()) == ["background", *train["class_names"]]
     assert output["num_channels"] == len(train["class_names"]) + 1

@@ -97,3 +97,11 @@ def test_a_scan_without_a_thick_axis_is_ras(spacing, codes):
 def test_an_affine_that_does_not_say_where_axes_point_is_an_error():
     with pytest.raises(InputError, match="does not tell where the axes point"):
         axes_by_role(np.diag([1.0, 0.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("spacing, by_role", [(None, True), ((1, 1, 6), True), ((1, 1, 1), False), ((1, 6, 1), False)])
+def test_a_networks_grid_without_roles_keeps_every_scan_upright(spacing, by_role, caplog):
+    coronal = scan((0, 2, 1), (1, 1, 1), (1.0, 1.0, 6.0))
+    turned = ThroughPlaneLastd("image", spacing)({"image": coronal})["image"]
+    assert nib.aff2axcodes(turned.affine.numpy()) == (tuple("RSA") if by_role else tuple("RAS"))
+    assert ("its slices are coronal" in caplog.text) == by_role

@@ -183,6 +183,11 @@ class Bench:
         self.morse = isinstance(network, (Morse, LiteralMorse))
         self.runs = 0
 
+    def see(self, scan: Sequence[int]) -> None:
+        """Infer a scan of this size from now on, as bundles do: windows of the training's patch, overlapping by a half."""
+        self.volume = torch.rand(1, 1, *scan, device=self.device)
+        self.inferer = SlidingWindowInferer(self.size, sw_batch_size=4, overlap=0.5, mode="gaussian")
+
     def count(self) -> dict[str, float]:
         self.network.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

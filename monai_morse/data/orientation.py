@@ -25,6 +25,12 @@ WORLD = ("R", "A", "S")
 OPPOSITE = {"L": "R", "P": "A", "I": "S"}
 
 
+def _through_plane(spacing: Sequence[float], ratio: float) -> int | None:
+    """The axis along which voxels are ``ratio`` times as long as along any other."""
+    *_, second, longest = sorted(spacing)
+    return list(spacing).index(longest) if longest >= ratio * second else None
+
+
 def axes_by_role(affine: Any, ratio: float = 1.5) -> str:
     """Axis codes with the through-plane axis last: the others stay in the order R, A, S.
 
@@ -43,23 +49,24 @@ def axes_by_role(affine: Any, ratio: float = 1.5) -> str:
     codes = [OPPOSITE.get(code, code) for code in aff2axcodes(affine)]
     if sorted(map(str, codes)) != sorted(WORLD):
         raise InputError(f"the affine does not tell where the axes point:\n{affine}")
-    lengths = voxel_sizes(affine)
-    *_, second, longest = sorted(lengths)
-    if longest < ratio * second:
+    axis = _through_plane(voxel_sizes(affine), ratio)
+    if axis is None:
         return "".join(WORLD)
-    thick = codes[int(np.argmax(lengths))]
-    return "".join([*(code for code in WORLD if code != thick), thick])
+    return "".join([*(code for code in WORLD if code != codes[axis]), codes[axis]])
 
 
 class ThroughPlaneLastd(MapTransform):
     """Turn 3D images so that their axes have roles: in-plane, in-plane, through-plane, each pointing to R, A or S.
 
     In place of ``Orientationd(axcodes="RAS")``, which it equals for axial and for isotropic scans. Strides, patches, planned
-    networks and slices go by these roles, so that a coronal scan's slices are cut in its own plane. Goes by the affine of the
-    first key, so that an image and its labels are turned alike.
+    networks and slices go by these roles, so that a coronal scan's slices are cut in its own plane. A warning says so: only a
+    network trained on such slices knows them. Goes by the affine of the first key, so that an image and its labels are turned
+    alike.
 
     Args:
         keys: ``MetaTensor`` (C, H, W, D).
+        spacing: of the grid that the network sees, in mm. If its last axis is not ``ratio`` times as long as the others, that
+            grid has no roles, and every scan is turned to RAS. Default: none, axes always have roles.
         ratio: see :func:`axes_by_role`; default 1.5.
         allow_missing_keys: default False.
 
@@ -69,18 +76,27 @@ class ThroughPlaneLastd(MapTransform):
     """
 
     @typed_arguments
-    def __init__(self, keys: KeysCollection, ratio: float = 1.5, allow_missing_keys: bool = False) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: Sequence[float] | None = None,
+        ratio: float = 1.5,
+        allow_missing_keys: bool = False,
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.ratio = ratio
+        self.by_role = spacing is None or _through_plane(spacing, ratio) == 2
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         keys: Sequence[Hashable] = list(self.key_iterator(d))
-        codes = axes_by_role(torch.as_tensor(d[keys[0]].affine).cpu().numpy(), self.ratio)
+        codes = axes_by_role(torch.as_tensor(d[keys[0]].affine).cpu().numpy(), self.ratio) if self.by_role else "".join(WORLD)
         if codes != "".join(WORLD):
             name = getattr(d[keys[0]], "meta", {}).get("filename_or_obj", "a scan")
             plane = {"R": "sagittal", "A": "coronal"}[codes[-1]]
-            logger.info("%s: its slices are %s, the axis through them goes last (%s)", name, plane, codes)
+            logger.warning(
+                "%s: its slices are %s; the axis through them goes last (%s), as in training on such slices", name, plane, codes
+            )
         turn = Orientation(axcodes=codes, labels=None)
         for key in keys:
             if not isinstance(d[key], MetaTensor):

@@ -120,7 +120,7 @@ def planned_dynunet(
         spacing, patch_size: of the image, by axis; the backbone's own are ``stride`` times as coarse.
         stride: that of :class:`Morse`; default 1.
         features: channels of the finest level; default 32.
-        options: further ones of ``DynUNet``; the norm is an instance norm with weights if none is given.
+        options: further ones of ``DynUNet``, such as ``filters``; the norm is an instance norm with weights if none is given.
 
     >>> net = planned_dynunet(1, 5, [1.25, 1.25, 7.7], [128, 128, 16], stride=[2, 2, 1], features=4)
     >>> net.kernel_size[0], net.strides[1]
@@ -129,6 +129,5 @@ def planned_dynunet(
     seen = seen_by_backbone(patch_size, stride)
     plan = plan_unet([s * n / m for s, n, m in zip(spacing, patch_size, seen)], seen, features)
     logger.info("the U-Net planned for voxels of %s mm and windows of %s, stride %s:\n%s", spacing, patch_size, stride, plan)
-    options = {"norm_name": ("INSTANCE", {"affine": True}), **options}
-    up = plan.strides[1:]
-    return DynUNet(len(seen), in_channels, out_channels, plan.kernel_size, plan.strides, up, filters=plan.filters, **options)
+    options = {"norm_name": ("INSTANCE", {"affine": True}), "filters": plan.filters, **options}
+    return DynUNet(len(seen), in_channels, out_channels, plan.kernel_size, plan.strides, plan.strides[1:], **options)
