@@ -22,10 +22,11 @@ from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 
 from monai_morse.config import typed_arguments
-from monai_morse.data import atomic_write, case_names, raise_if_skipped
+from monai_morse.data import case_names, raise_if_left_out
 from monai_morse.data.checks import find_problem, limits_of
 from monai_morse.data.dicom import is_dicom_scan
-from monai_morse.errors import InputError, find_input_error, say_how_to_go_on
+from monai_morse.data.files import atomic_write, lock_folder
+from monai_morse.errors import InputError, OutputLost, disk_is_full, find_input_error, say_how_to_go_on
 from monai_morse.fingerprint import file_digest, fingerprint
 
 __all__ = ["run_cohort", "run_scans"]
@@ -90,6 +91,8 @@ class _Watch:
     def take(self, engine: Engine, error: BaseException) -> None:
         if not self.started or self.completed == engine.state.epoch_length or not isinstance(error, Exception):
             raise error  # no scan's: missing weights, a failing report, Ctrl-C
+        if disk_is_full(error) or isinstance(find_input_error(error), OutputLost):
+            raise error  # nor this: all others would fail alike
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -169,22 +172,27 @@ def run_cohort(
     other scans that were done into the same folder.
 
     Raises:
-        InputError: when the folder has maps of these names that are of other scans, weights or settings; at the end, naming
-            the scans that were refused or failed.
+        InputError: when the folder has maps of these names that are of other scans, weights or settings, or another inference
+            is writing to it; when the table is removed meanwhile; at the end, naming the scans that were refused or failed.
     """
     dataset = evaluator.data_loader.dataset
     scans = named(dataset.data)
     settings = fingerprint(evaluator.network, evaluator.inferer, dataset.transform, postprocessing)
     made_by = {"weights": file_digest(weights), "settings": settings}
     check = {"num_classes": 1, "in_channels": in_channels, "limits": limits_of(limits)}
-    table = _Table(Path(output_dir), made_by, check)
-    rest = table.left_of(scans, overwrite)
-    dataset.data = rest[idist.get_rank() :: idist.get_world_size()]
-    say_how_to_go_on("scans that are done are kept; the same command goes on with the others")
-    with tqdm(total=len(dataset.data), desc="scans", unit="scan", disable=True if idist.get_rank() else None) as table.bar:
-        run_scans(evaluator, listener=table)
-    table.finish(scans)
-    say_how_to_go_on()
+    lock = lock_folder(output_dir, "inference", "--output_dir") if idist.get_rank() == 0 else None
+    try:
+        table = _Table(Path(output_dir), made_by, check)
+        rest = table.left_of(scans, overwrite)
+        dataset.data = rest[idist.get_rank() :: idist.get_world_size()]
+        say_how_to_go_on("scans that are done are kept; the same command goes on with the others")
+        with tqdm(total=len(dataset.data), desc="scans", unit="scan", disable=True if idist.get_rank() else None) as table.bar:
+            run_scans(evaluator, listener=table)
+        table.finish(scans)
+        say_how_to_go_on()
+    finally:
+        if lock is not None:
+            lock.release(force=True)
 
 
 class _Table(Listener):
@@ -203,6 +211,7 @@ class _Table(Listener):
         self.bar: Any = None
         self.counts: Counter[str] = Counter()
         self.started = 0.0
+        self.written = False
         self._merge()  # what a killed run's processes left
         self.rows = self._read(self.path)
 
@@ -234,10 +243,17 @@ class _Table(Listener):
         return {row["name"]: row for row in rows}
 
     def _write(self) -> None:
+        if self.written and not self.own.is_file():
+            raise OutputLost(f"{self.own} was removed while it was written, with label maps perhaps; start it again")
+        self.written = True
         with atomic_write(self.own) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows.values())
+
+    def _has_files(self, row: Mapping[str, Any] | None) -> bool:
+        files = row["files"].split(self.FILES) if row and row["files"] else []
+        return bool(files) and all((self.folder / f).is_file() for f in files)
 
     # --- before
 
@@ -246,16 +262,14 @@ class _Table(Listener):
         rest, others, changed = [], [], 0
         for scan in scans:
             row = self.rows.get(scan["name"])
-            files = row["files"].split(self.FILES) if row and row["files"] else []
-            there = bool(files) and all((self.folder / f).is_file() for f in files)
-            if overwrite or row is None or not there or row["status"] not in ("done", "skipped"):
+            if overwrite or row is None or not self._has_files(row) or row["status"] not in ("done", "skipped"):
                 rest.append(scan)
                 continue
             found = {"scan": os.path.realpath(row["scan"]), **{k: row[k] for k in self.made_by}}
             differs = [k for k, v in {"scan": os.path.realpath(scan["image"]), **self.made_by}.items() if found[k] != v]
             if differs:
                 what = f"of {row['scan']}" if differs[0] == "scan" else f"made with other {' and '.join(differs)}"
-                others.append(f"{self.folder / files[0]} is {what}")
+                others.append(f"{self.folder / row['files'].split(self.FILES)[0]} is {what}")
             elif row["stamp"] != _stamp(scan["image"]):
                 changed += 1
                 rest.append(scan)
@@ -292,11 +306,13 @@ class _Table(Listener):
     def done(self, cases: list[dict[str, Any]], output: Any) -> None:
         outputs = output if isinstance(output, list) else [output] * len(cases)
         for case, found in zip(cases, outputs):
-            saved = [getattr(value, "meta", {}).get("saved_to") for value in found.values()]
+            metas = [getattr(value, "meta", {}) for value in found.values()]
+            saved = [meta.get(key) for meta in metas for key in ("saved_to", "dicom_seg")]
             files = self.FILES.join(sorted({os.path.relpath(path, self.folder) for path in saved if path}))
+            remark = "; ".join({meta["remark"] for meta in metas if meta.get("remark")})
             seconds = f"{(time.perf_counter() - self.started) / len(cases):.3f}"
             voxels = found["pred"][0].numel() if "pred" in found else ""
-            self._add(case, "done", "", seconds=seconds, voxels=voxels, files=files)
+            self._add(case, "done", remark, seconds=seconds, voxels=voxels, files=files)
 
     def _add(self, case: dict[str, Any], status: str, reason: str, **figures: Any) -> None:
         row = {
@@ -322,6 +338,9 @@ class _Table(Listener):
             return
         found = self._read(self.path)
         rows = [found.pop(scan["name"]) for scan in scans]
+        for row in rows:
+            if row["status"] in ("done", "skipped") and not self._has_files(row):
+                row.update(status="failed", reason="its files were removed while others were done")
         self.rows = found | {row["name"]: row for row in rows}  # in the scans' order, whoever did them
         self._write()
         counts = Counter(row["status"] for row in rows)
@@ -334,7 +353,7 @@ class _Table(Listener):
             for row in shown
         ]
         logger.info("%d scans: %s; the table is %s\n%s", len(rows), told, self.path, "\n".join(lines))
-        raise_if_skipped(scans, [scan for scan, row in zip(scans, rows) if row["status"] in ("done", "skipped")])
+        raise_if_left_out(scans, [scan for scan, row in zip(scans, rows) if row["status"] in ("done", "skipped")])
 
 
 def _stamp(scan: str) -> str:

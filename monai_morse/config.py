@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import numbers
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +50,7 @@ def parse_bool(value: bool | str, name: str = "value") -> bool:
     return words[str(value).lower()]
 
 
-def parse_number(value: Any, name: str = "value", kind: type = float, within: str = "(-inf, inf)") -> Any:
+def parse_number(value: Any, name: str = "value", kind: type = float, within: str = "(-inf, inf)", exact: bool = False) -> Any:
     """A number from a config or a command line, where it may arrive as a string.
 
     Args:
@@ -57,6 +58,7 @@ def parse_number(value: Any, name: str = "value", kind: type = float, within: st
         name: what it is, for the error.
         kind: ``int``, a whole number, or ``float`` (default).
         within: the interval that it must lie in, in mathematics' notation; default: any finite number.
+        exact: take no number written out, and no 2.0 for a whole number; default False.
 
     Raises:
         InputError: for anything else, naming the interval and the value.
@@ -68,8 +70,9 @@ def parse_number(value: Any, name: str = "value", kind: type = float, within: st
     monai_morse.errors.InputError: alpha must be a number in [0, 1), got 1
     """
     low, high = (float(end) for end in within[1:-1].split(","))
+    other_kind = exact and not isinstance(value, numbers.Integral if kind is int else numbers.Real)
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) or other_kind else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     above = low < number or (within[0] == "[" and low == number)
@@ -133,8 +136,8 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
     if isinstance(value, (list, tuple)):
         items = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is Sequence]
         return [_number(v, name, items[0]) for v in value] if items and items[0] in (int, float) else value
-    numbers = [k for k in (float, int) if k in kinds]
-    return _number(value, name, numbers[0]) if numbers else value
+    of_number = [k for k in (float, int) if k in kinds]
+    return _number(value, name, of_number[0]) if of_number else value
 
 
 def _number(value: Any, name: str, kind: type) -> Any:

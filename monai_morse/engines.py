@@ -49,7 +49,9 @@ def prepare_batch_with_points(
     if not isinstance(label, Tensor):
         raise InputError("training needs batches with a label: {'image': .., 'label': ..}")
     window_affine = window_to_scan(image) if coordinates == "volume" else None
-    return image, label, args, {**options, "return_points": True, "grid": list(label.shape[2:]), "window_affine": window_affine}
+    options = {**options, "return_points": True, "grid": list(label.shape[2:]), "window_affine": window_affine}
+    # plain: around a MetaTensor's prediction a compiled trainer would put the image's metadata, and here that is three tensors
+    return image.as_tensor() if isinstance(image, MetaTensor) else image, label, args, options
 
 
 def window_to_scan(image: Tensor) -> Tensor:

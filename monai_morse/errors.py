@@ -8,6 +8,7 @@ that is full or gone, with what is safe and how to go on.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["InputError", "ending", "find_input_error", "say_how_to_go_on", "short_errors"]
+__all__ = ["InputError", "OutputLost", "disk_is_full", "ending", "find_input_error", "say_how_to_go_on", "short_errors"]
 
 IN_WORKER = re.compile(r"^monai_morse\.errors\.InputError: (.+?)(?=\n\n|\nTraceback |\Z)", re.DOTALL | re.MULTILINE)
 FROM_THE_START = "what is written is whole, and the same command starts again"
@@ -26,6 +27,10 @@ _how_to_go_on: tuple[str, Any] = (FROM_THE_START, None)
 
 class InputError(ValueError):
     """Input (data, configuration or checkpoint) that cannot be used; the message says which and what to do."""
+
+
+class OutputLost(InputError):
+    """What a run has written is gone while it goes on; no one scan's fault."""
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:
@@ -40,6 +45,17 @@ def find_input_error(error: BaseException | None) -> InputError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error is of a disk that takes nothing more, full or read-only, or was raised from one.
+
+    >>> disk_is_full(OSError(28, "No space left on device")), disk_is_full(OSError(2, "No such file or directory"))
+    (True, False)
+    """
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _from_worker(error: BaseException) -> bool:
@@ -71,8 +87,12 @@ def ending(error: BaseException | None) -> str | None:
     found = find_input_error(error)
     if found is not None:
         return f"error: {found}"
+    config = False
     while error is not None and error.__cause__ is not None:
+        config |= str(error).startswith("Failed to instantiate component")  # MONAI, of what a config names
         error = error.__cause__
+    if config and isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return f"error: {error}; give one that it has"
     if isinstance(error, KeyboardInterrupt):
         return f"stopped; {_advice()}"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):

@@ -149,7 +149,8 @@ def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any], fr
     Args:
         network: e.g. a :class:`Morse`.
         source: a state dict or the path of a checkpoint: a state dict, or a dictionary with one as ``"model"`` or
-            ``"state_dict"``; names may start with ``module.``, as DistributedDataParallel writes them.
+            ``"state_dict"``; names may start with ``module.`` or ``_orig_mod.``, as DistributedDataParallel and
+            torch.compile write them.
         freeze_backbone: train the rest alone, the mixture, the renderer and what the checkpoint lacks
             (:meth:`Morse.freeze_backbone`); default False. With the backbone's own coarse logits the rendering loss is then the
             only one that trains anything: give it a weight from the start (``schedule: scratch``).
@@ -174,7 +175,7 @@ def load_matching(network: nn.Module, source: str | Path | Mapping[str, Any], fr
             state = state[key]
     if not isinstance(state, Mapping):
         raise InputError(f"{name} holds no state dict but a {type(state).__name__}")
-    state = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    state = {re.sub(r"^(module\.|_orig_mod\.)*", "", k): v for k, v in state.items() if isinstance(v, Tensor)}
     wanted = network.state_dict()
 
     def fits(key: str, value: Tensor) -> bool:

@@ -100,7 +100,7 @@ class Server:
         url = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-        with LOCAL.open(request, timeout=300) as response:
+        with LOCAL.open(request, timeout=600) as response:
             return response.read()
 
     def info(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Server:
         """The epistemic scoring, which the server starts by itself, when it starts and after each training."""
         return self.finished("scoring")
 
-    def finished(self, kind: str, task: str | None = None, timeout: float = 600) -> dict[str, Any]:
+    def finished(self, kind: str, task: str | None = None, timeout: float = 1200) -> dict[str, Any]:
         deadline = time.time() + timeout
         while time.time() < deadline:
             state = json.loads(self.request(f"/{kind}/"))

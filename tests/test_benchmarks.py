@@ -1,6 +1,7 @@
 """The benchmark's literal head is the paper preset, value and gradient; its table shows what was measured."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, window
 
 from monai_morse import Morse, MorseLoss
-from tools.cost import Operations, build, measure, parse, table
+from tools.cost import Operations, build, measure, operations, parse, table
 from tools.gate import main as gate
 from tools.growth import slope
 from tools.literal import LiteralMorse
@@ -84,6 +85,17 @@ def test_a_3d_renderer_launches_hardly_more_than_a_2d_one():
             counts.append(counter.count)
         added.append(counts[1] - counts[0])
     assert added[1] < 1.5 * added[0]
+
+
+def test_what_is_launched_beside_the_bare_network():
+    """The marks of docs/cost.md: where launching costs more than computing, this is what a step costs."""
+    options = " stride=2 patch_size=[48,64,48]"
+    rows = [row + options for row in ("bare", "default experts=none", "default")]
+    lines = operations(str(ROOT / "bundles" / "hippocampus_mri_morse"), rows, **OPTIONS).splitlines()[2:]
+    ratios = [[float(r) for r in re.findall(r"\((\d\.\d+)\)", line)] for line in lines]
+    assert ratios[0] == [1, 1]
+    for (inference, training), most in zip(ratios[1:], [(1.8, 1.45), (2.3, 1.85)]):
+        assert 1 < inference <= most[0] and 1 < training <= most[1]
 
 
 def test_a_row_that_fails_says_why(monkeypatch):

@@ -139,7 +139,7 @@ def test_inference_keeps_the_scans_geometry_and_one_broken_scan_takes_nobody_dow
     options = {"weights": run_dir / "model.pt", "patch_size": "[16,16,16]"}
     done = run("inference.yaml", dataset_dir=scans, output_dir=tmp_path / "out", **options)
     assert done.returncode == 1
-    assert "1 case(s) skipped, the others are done" in done.stderr and "case_1_broken" in done.stderr
+    assert "1 case(s) refused or failed, the others are done" in done.stderr and "case_1_broken" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(os.listdir(tmp_path / "out")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz", "cohort.csv"]
     pred = nib.load(tmp_path / "out/case_1_seg.nii.gz")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from monai_morse import InputError
-from monai_morse.data import check_writable, msd_cases, msd_class_names, raise_if_skipped, scans_in, usable_cases
+from monai_morse.data import check_writable, msd_cases, msd_class_names, raise_if_left_out, scans_in, usable_cases
+from monai_morse.data.checks import find_problem
 
 
 def listing(folder, **changes):
@@ -158,16 +159,15 @@ def test_one_broken_file_is_named_with_its_remedy(msd, breakage, caplog):
     cases = msd_cases(msd, "all")
     with pytest.raises(InputError, match="1 of 6 cases cannot be used:\n.*" + BREAKAGES[breakage]):
         usable_cases(cases, num_classes=3)
-    used = usable_cases(cases, num_classes=3, skip=True)
-    assert len(used) == 5 and "case_2" in caplog.text
-    with pytest.raises(InputError, match="1 case.* skipped.*case_2"):
-        raise_if_skipped(cases, used)
+    used = [case for case in cases if find_problem(case, 3) is None]
+    assert len(used) == 5
+    with pytest.raises(InputError, match="1 case.* refused or failed.*case_2"):
+        raise_if_left_out(cases, used)
 
 
-def test_nothing_usable_is_an_error_even_when_skipping(msd):
-    shutil.rmtree(msd / "imagesTr")
-    with pytest.raises(InputError, match="no usable case"):
-        usable_cases(msd_cases(msd, "all"), 3, skip=True)
+def test_no_case_is_an_error():
+    with pytest.raises(InputError, match="the list of cases is empty"):
+        usable_cases([], 3)
 
 
 def test_cases_of_another_kind_are_named_too(msd):
@@ -181,7 +181,7 @@ def test_good_cases_pass_and_float_labels_are_fine(msd):
     save(msd / "labelsTr/case_0.nii.gz", np.ones((20, 24, 18)))
     cases = msd_cases(msd, "all")
     assert usable_cases(cases, 3) == cases
-    raise_if_skipped(cases, cases)
+    raise_if_left_out(cases, cases)
 
 
 def test_channels_are_the_fourth_axis(msd):

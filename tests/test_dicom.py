@@ -16,7 +16,7 @@ from monai_morse.data import (
     SaveDicomSegd,
     ScanReader,
     dicom_scans,
-    raise_if_skipped,
+    raise_if_left_out,
     read_scan,
     scan_name,
     scans_in,
@@ -139,12 +139,12 @@ def test_a_broken_series_is_named_and_the_others_are_used(name, tmp_path, caplog
     break_it(files)
     if name != "no file any more":
         cases = scans_in(tmp_path)
-    used = usable_cases(cases, 3, skip=True)
+    used = [case for case in cases if find_problem(case, 3) is None]
     assert [scan_name(c["image"]) for c in used] == ["good"]
     problem = find_problem(cases[0], 3)
     assert re.search(message, problem), problem
-    with pytest.raises(InputError, match="1 case.s. skipped.*broken"):
-        raise_if_skipped(cases, used)
+    with pytest.raises(InputError, match="1 case.s. refused or failed.*broken"):
+        raise_if_left_out(cases, used)
 
 
 def test_a_file_that_is_no_slice_of_any_series_is_told_of(tmp_path, caplog):
@@ -180,6 +180,14 @@ def test_label_maps_become_dicom_segmentations_in_the_series_own_geometry(tmp_pa
     to_ras = np.diag([-1.0, -1, 1, 1])
     expected = nib.Nifti1Image(np.asarray(pred[0]), pred.affine.numpy())
     assert_same(nib.Nifti1Image(found.array.astype(np.float32), to_ras @ found.affine), expected)
+
+
+def test_a_segmentation_of_a_real_anonymised_series_is_kept_with_its_map(tmp_path):
+    pytest.importorskip("highdicom", reason="pip install monai_morse[dicom]")
+    (address,) = dicom_scans(real_data("abdomen_ct_dicom") / "series").values()
+    pred = label_map(address)
+    found = SaveDicomSegd("pred", tmp_path, ["liver", "lesion"])({"pred": pred})["pred"]
+    assert found.meta["dicom_seg"] == str(tmp_path / "series_seg.dcm") and (tmp_path / "series_seg.dcm").is_file()
 
 
 def test_no_segmentation_of_nifti_nor_of_an_empty_label_map(tmp_path, caplog):

@@ -54,7 +54,7 @@ def test_mixture_is_equations_1_and_2(batch, channels, sizes, size, stride, norm
     places = torch.rand(batch, 4, len(size), dtype=torch.float64) * 2.2 - 1.1
     with torch.no_grad():
         keep = torch.ones(batch, len(channels), dtype=torch.float64)
-        got, got_at = m(features, size), m.at_points(features, keep, m.gate_logits(features, keep, size), places)
+        got, got_at = m(features, size), m.at_points(features, keep, places, size)[0]
     for b in range(batch):
         mixture = mixture_by_hand(m, [d[b].numpy() for d in features], size)
         for voxel in voxels(size):

@@ -65,8 +65,12 @@ def test_mixture_at_points_equals_the_mixture_there(batch, channels, sizes, size
     index = torch.randint(0, math.prod(size), (batch, 7))
     expected = gather_points(m(features, size), index)
     keep = ones(features)
-    got = m.at_points(features, keep, m.gate_logits(features, keep, size), point_coordinates(index, size))
-    assert torch.allclose(got, expected, atol=1e-5)
+    coordinates = point_coordinates(index, size)
+    for gate_logits in (None, m.gate_logits(features, keep, size)):
+        got, read = m.at_points(features, keep, coordinates, size, gate_logits)
+        assert torch.allclose(got, expected, atol=1e-5)
+        for feature, values in zip(features, read):
+            assert torch.allclose(values, gather_points(resize(feature, size), index), atol=1e-5)
 
 
 @pytest.mark.parametrize("old, new", [([16, 2], [4, 8]), ([4, 16], [8, 4]), ([4, 16], [4, 4]), ([2, 9, 4], [4, 3, 4])])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import typing
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
@@ -23,6 +24,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, TINY
 from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
 from monai.data import Dataset
 from monai.transforms import RandFlip as Flip
 from zoo import write_bundle
@@ -30,13 +32,14 @@ from zoo import write_bundle
 import monai_morse
 from monai_morse import InputError, Morse, MorseLoss, load_matching
 from monai_morse.__main__ import main
-from monai_morse.data import check_split, msd_cases, usable_cases
+from monai_morse.data import check_split, files, msd_cases, usable_cases
 from monai_morse.errors import ending, say_how_to_go_on
 from monai_morse.handlers import EpochSeed, RenderSchedule, TrainingState, Validation, WeightsLoader, checkpoints
 from monai_morse.inferers import AutocastInferer, FineGridInferer, MorseInferer
 from monai_morse.networks import PointSelection, check_window
 from monai_morse.networks.experts import Mixture
 from monai_morse.weights import read_checkpoint
+from monai_morse.words import WORDS, _check_known
 from monai_morse.wrap import wrap_bundle
 
 FINE = ""
@@ -294,10 +297,10 @@ def test_a_resumed_training_learns_what_it_learned_before_or_is_refused(name, tm
 
 
 def test_a_second_training_in_a_folder_is_refused_until_the_first_ends_however_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.2)
+    monkeypatch.setattr(files, "PATIENCE", 0.2)
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom monai_morse.handlers.checkpoints import _claim\n"
-        "lock = _claim(Path(sys.argv[1]))\nprint('locked', flush=True)\ntime.sleep(600)\n"
+        "import sys, time\nfrom monai_morse.data.files import lock_folder\n"
+        "lock = lock_folder(sys.argv[1], 'training', '--ckpt_dir')\nprint('locked', flush=True)\ntime.sleep(600)\n"
     )
     first = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
     try:
@@ -428,6 +431,14 @@ ENDS = {  # the error that reaches the top, and the line that it must end in; No
     "a bug while one handles a missing file": (KeyError("x"), None),
     "a connection": (ConnectionResetError(104, "Connection reset by peer"), None),
     "another library's OSError": (OSError("cannot identify image file"), None),
+    "a word of a config that its class lacks": (
+        wrapped(
+            RuntimeError("Failed to instantiate component 'torch.optim.AdamW' with keywords: lrr"),
+            TypeError("AdamW.__init__() got an unexpected keyword argument 'lrr'"),
+        ),
+        "error: AdamW.__init__() got an unexpected keyword argument 'lrr'; give one that it has",
+    ),
+    "a bug in a call": (TypeError("f() got an unexpected keyword argument 'a'"), None),
 }
 
 
@@ -622,6 +633,137 @@ MEANINGS = {  # a word of a command line, and what it must have come to
 def test_a_command_lines_word_means_what_it_means_in_yaml(name):
     make, expected = MEANINGS[name]
     assert make() == expected and type(make()) is type(expected)
+
+
+# --- words at the left margin of the bundles' configs
+
+LEFT_MARGIN = {  # words, and what must be said of them before any work
+    "overlap beyond 1": ({"overlap": 1.5}, r"overlap must be a number in \[0, 1\), got 1.5"),
+    "overlap of 1, which never ends": ({"overlap": 1}, r"overlap must be a number in \[0, 1\), got 1"),
+    "no epoch": ({"max_epochs": 0}, r"max_epochs must be a whole number in \[1, inf\), got 0"),
+    "half an epoch": ({"max_epochs": 1.5}, "max_epochs must be a whole number .* got 1.5"),
+    "epochs of another type": ({"max_epochs": 2.0}, "max_epochs must be a whole number .* got 2.0"),
+    "epochs in quotes": ({"max_epochs": "2"}, "max_epochs must be a whole number .* got '2'"),
+    "endless epochs": ({"max_epochs": float("inf")}, "max_epochs must be a whole number .* got inf"),
+    "true epochs": ({"max_epochs": True}, "max_epochs must be a whole number .* got True"),
+    "no iteration": ({"iterations": 0}, "iterations must be a whole number"),
+    "iterations of no number": ({"iterations": "many"}, "iterations must be a whole number .* got 'many'"),
+    "epochs of no length": ({"epoch_length": 0}, "epoch_length must be a whole number"),
+    "no batch": ({"batch_size": 0}, "batch_size must be a whole number"),
+    "no windows at a time": ({"sw_batch_size": 0}, "sw_batch_size must be a whole number"),
+    "never validated": ({"val_interval": 0}, "val_interval must be a whole number"),
+    "unlearning": ({"learning_rate": -1}, r"learning_rate must be a number in \(0, inf\), got -1"),
+    "not learning": ({"learning_rate": 0}, "learning_rate must be a number"),
+    "a rate of no number": ({"learning_rate": "fast"}, "learning_rate must be a number .* got 'fast'"),
+    "NaN": ({"learning_rate": float("nan")}, "learning_rate must be a number .* got nan"),
+    "lambda 0": ({"lambda_rend": 0}, r"lambda_rend must be a number in \(0, inf\), got 0"),
+    "a schedule of its own": ({"schedule": "warm"}, r"schedule must be one of \('ramp', 'half', 'scratch'\), got 'warm'"),
+    "other coordinates": ({"coordinates": "mm"}, "coordinates must be one of"),
+    "fewer than no workers": ({"num_workers": -1}, "num_workers must be a whole number"),
+    "a seed of letters": ({"seed": "x"}, "seed must be a whole number .* got 'x'"),
+    "twice the cases": ({"cache_rate": 2}, r"cache_rate must be a number in \[0, 1\], got 2"),
+    "a chance beyond 1": ({"flip_prob": 1.1}, "flip_prob must be a number"),
+    "a chance below 0": ({"rot_flip_prob": -0.1}, "rot_flip_prob must be a number"),
+    "fewer than no cases": ({"num_val": -1}, "num_val must be a whole number"),
+    "no channel": ({"in_channels": 0}, "in_channels must be a whole number"),
+    "a device of fancy": (
+        {"device": "nonsense"},
+        "device must be one that torch has here, such as cpu or cuda:0, got 'nonsense'",
+    ),
+    "a device that is not there": ({"device": "cuda:99"}, "device must be one that torch has here"),
+    "two axes in mm": ({"spacing": [1, 1]}, r"spacing must be a list of 3 numbers, got \[1, 1\]"),
+    "one number for all": ({"spacing": 1.0}, "spacing must be a list of 3 numbers, got 1.0"),
+    "mirrored voxels": ({"spacing": [1, 1, -1]}, r"spacing, each of \[1, 1, -1\], must be a number in \(0, inf\), got -1"),
+    "voxels of a micrometre": (
+        {"limits": {"resampled_to": [0.001, 1, 1]}},
+        r"resampled_to \(spacing\) must be a number in \[0.05, 15.0\], got 0.001",
+    ),
+    "no window": ({"patch_size": [0, 0, 0]}, r"patch_size, each of \[0, 0, 0\], must be a whole number"),
+    "a window of one axis": ({"patch_size": [32]}, "patch_size must be a list of 2 or 3 numbers"),
+    "a window as a number": ({"patch_size": 32}, "patch_size must be a list of 2 or 3 numbers, got 32"),
+    "a stride of two axes": ({"patch_size": [32] * 3, "stride": [1, 2]}, "stride must be a whole number or 3 of them"),
+    "a stride of letters": ({"stride": "x"}, "stride must be a whole number"),
+    "a finer grid of two axes": ({"render_scale": [2, 2]}, "render_scale must be a list of 3 numbers"),
+    "a coarser grid": ({"render_scale": 0.5}, "render_scale must be a whole number"),
+    "an upside-down window of HU": ({"window": [275, -125]}, "window must be a list of two numbers, the smaller first"),
+    "half a window of HU": ({"window": [275]}, "window must be a list of 2 numbers"),
+    "one name": (
+        {"class_names": "liver"},
+        r"""class_names must be a list of names, such as "\['liver','spleen'\]", got 'liver' """[:-1],
+    ),
+    "no names": ({"class_names": []}, "class_names must be a list of names"),
+    "numbers for names": ({"class_names": [1, 2]}, "class_names must be a list of names"),
+    "a name twice": ({"class_names": ["liver", "liver"]}, "class_names must be a list of different names"),
+    "another number of classes": ({"class_names": ["liver"], "num_classes": 5}, "num_classes must be 2, .* got 5"),
+    "limits of a number": ({"limits": 3}, "limits must be a mapping of spacing, voxels, .* got 3"),
+    "one limit of spacing": ({"limits": {"spacing": [5]}}, "limits: spacing must be the smallest and the largest"),
+    "limits upside down": ({"limits": {"spacing": [5, 1]}}, "limits: spacing must be the smallest and the largest"),
+    "no voxels": ({"limits": {"voxels": 0}}, r"limits: voxels must be a number in \[1, inf\), got 0"),
+    "weights that are not there": ({"finetune_from": "nowhere.pt"}, "no checkpoint at nowhere.pt; train first"),
+    "weights that are none": ({"finetune_from": __file__}, "test_hostile_faults.py is no checkpoint"),
+    "a backbone that unlearns": ({"backbone_rate": -1}, "backbone_rate must be a number"),
+    **{
+        name: ({name: "maybe"}, f"{name} must be true or false, got 'maybe'")
+        for name, check in WORDS.items()
+        if check is WORDS["amp"]
+    },
+}
+
+
+@pytest.mark.parametrize("row", LEFT_MARGIN)
+def test_a_wrong_word_is_refused_by_name_before_any_work(row):
+    words, message = LEFT_MARGIN[row]
+    with pytest.raises(InputError, match=message):
+        monai_morse.words.check_words(**words)
+
+
+BY_OTHERS = {  # words that are asked early by whom they are for
+    "paths": "bundle_root dataset_dir ckpt_dir output_dir",
+    "Morse, before data are read": "backbone experts renderer preset num_experts alpha width coarse image_patch patch_norm",
+    "Morse's points": "train_points eval_points",
+    "msd_cases": "fold num_folds split",
+    "load_vit": "pretrained_vit",
+    "made of others": "num_classes max_epochs epoch_length",
+    "of torchrun": "rank backend",
+    "the engine, when it starts": "weights",
+    "parts of training": "_meta_ imports backbones network_def synced network loss optimizer lr_scheduler train validate words",
+    "parts of inference": "scans preprocessing postprocessing dataset dataloader inferer handlers evaluator",
+    "cases": "train_cases val_cases all_cases eval_cases cases paper_experts loaded",
+    "runs": "initialize run finalize",
+}
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("bundles/*/configs/*.yaml")), ids=lambda p: f"{p.parts[-3]}-{p.stem}")
+def test_every_word_at_the_left_margin_is_checked(file):
+    configs = file.parent
+    under = {"inference": [], "train": []}.get(file.stem, ["inference" if "inference" in file.stem else "train"])
+    parser = ConfigParser()
+    parser.read_config([str(configs / f"{name}.yaml") for name in [*under, file.stem]])
+    words = parser["words"]
+    assert all(value == f"@{name}" for name, value in words.items()) and words.keys() <= WORDS.keys()
+    unchecked = parser.config.keys() - words.keys() - set(" ".join(BY_OTHERS.values()).split())
+    assert not unchecked
+    assert "$monai_morse.words.check_words(**@words)" in parser["initialize"][:2]
+
+
+TYPED = {  # a command line of the hippocampus bundle's training, and what is said of it
+    "as it should be": ("--batch_size 3 --learning_rate=-1 --train#trainer#max_epochs 2 --validate::inferer::scale 2", FINE),
+    "hyphens, as Fire takes them": ("--batch-size 3", FINE),
+    "words of MONAI": ("--run_id run --init_id initialize --meta_file a --logging_file b", FINE),
+    "a letter less": ("--bach_size 3", "--bach_size: the bundle has no word 'bach_size'; did you mean --batch_size"),
+    "an equal sign": ("--epochs=3", "--epochs: the bundle has no word 'epochs'; did you mean --max_epochs"),
+    "of another bundle": ("--iterations 3", "no word 'iterations'; give one at the left margin of its configs"),
+    "of evaluate.yaml": ("--save_pictures true", "no word 'save_pictures'"),
+    "behind a #": ("--limit#voxels 3", "no word 'limit'; did you mean --limits"),
+}
+
+
+@pytest.mark.parametrize("row", TYPED)
+def test_a_word_that_no_config_has_is_refused(row):
+    words, message = TYPED[row]
+    line = ["monai/bundle/__main__.py", "run", "--config_file", str(ROOT / "bundles/hippocampus_mri_morse/configs/train.yaml")]
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        _check_known([*line, *words.split()])
 
 
 # called by Python alone, each iteration or by torch.jit, with values that no config gives

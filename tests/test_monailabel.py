@@ -1,4 +1,4 @@
-"""The hippocampus bundle in MONAI Label's real server, over HTTP, on real scans."""
+"""The bundles with weights in MONAI Label's real server, over HTTP, on real scans: hippocampi, and livers in large scans."""
 
 import json
 import os
@@ -8,7 +8,8 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
-from monailabel_server import BUNDLE, Server, make_app, make_studies
+from conftest import real_data
+from monailabel_server import BUNDLE, ROOT, Server, make_app, make_studies
 
 from monai_morse.data import msd_cases
 
@@ -25,10 +26,14 @@ def voxels(path):
 
 
 @pytest.fixture(scope="module")
-def label_folder(task04, tmp_path_factory):
-    """App and studies: three with labels, two without, and one of the latter again with its axes turned."""
+def monailabel():
     if subprocess.run([PYTHON, "-c", "import monailabel, monai_morse"], capture_output=True).returncode:
         pytest.skip("MONAI Label needed: MONAILABEL_PYTHON names the Python of an environment made as docs/monailabel.md says")
+
+
+@pytest.fixture(scope="module")
+def label_folder(monailabel, task04, tmp_path_factory):
+    """App and studies: three with labels, two without, and one of the latter again with its axes turned."""
     folder = tmp_path_factory.mktemp("monailabel")
     make_app(folder, BUNDLE, PYTHON)
     cases = msd_cases(task04, "val")[:5]
@@ -113,3 +118,29 @@ def test_a_server_started_after_a_training_still_takes_the_best_weights(server, 
     assert (app / "model" / BUNDLE.name / "models" / "model_last.pt").is_file(), "runs after the training above"
     with Server(app, folder / "studies", BUNDLE.name, tmp_path / "again.log", PYTHON) as again:
         assert again.info()["models"][BUNDLE.name]["config"]["model_filename"][0] == "model.pt"
+
+
+def test_the_liver_bundle_serves_trains_and_scores_large_scans(monailabel, tmp_path):
+    """Abdominal MRI of 256 x 256 voxels a slice; the server sees two studies with labels and two without."""
+    data, bundle = real_data("CHAOS_T2"), ROOT / "bundles" / "liver_mpmri_morse"
+    cases = msd_cases(data)[:4]
+    for case in cases:
+        image = nib.load(case["label"])
+        case["label"] = str(tmp_path / os.path.basename(case["label"]))
+        nib.save(nib.Nifti1Image((np.asarray(image.dataobj) == 1).astype(np.uint8), image.affine), case["label"])
+    make_app(tmp_path, bundle, PYTHON)
+    studies = make_studies(tmp_path / "studies", cases, labelled=2)
+    models = tmp_path / "monaibundle" / "model" / bundle.name / "models"
+    with Server(tmp_path / "monaibundle", tmp_path / "studies", bundle.name, tmp_path / "server.log", PYTHON) as server:
+        assert server.info()["models"][bundle.name]["labels"] == {"liver": 1}
+        answer, truth = nib.load(server.label_map(studies[3], tmp_path / "a.nii.gz")), nib.load(cases[3]["label"])
+        assert answer.shape == truth.shape and np.allclose(answer.affine, truth.affine, atol=1e-4)
+        found, liver = np.asarray(answer.dataobj) == 1, np.asarray(truth.dataobj) == 1
+        assert 2 * (found & liver).sum() / (found.sum() + liver.sum()) > 0.85
+        shipped = (models / "model.pt").read_bytes()
+        task = server.train(max_epochs=1, val_split=0.5)
+        assert task["status"] == "DONE", task["details"]
+        assert any("new best val_mean_dice" in line for line in task["details"])
+        assert (models / "model.pt").read_bytes() != shipped
+        assert server.scoring()["status"] == "DONE"
+        assert set(server.scores()) == set(studies[2:]) and all(0 < s < np.log(2) for s in server.scores().values())

@@ -18,10 +18,11 @@ def morse(experts="stochastic", renderer="anatomical", classes=3, **options):
     )
 
 
+@pytest.mark.parametrize("wrapped", ["module.", "_orig_mod.module."])
 @pytest.mark.parametrize("experts, renderer", CELLS)
-def test_a_bare_backbones_checkpoint_loads_into_every_cell(tmp_path, experts, renderer):
+def test_a_bare_backbones_checkpoint_loads_into_every_cell(tmp_path, experts, renderer, wrapped):
     bare = TINY["BasicUNet"](2, 3).eval()
-    torch.save({"model": {f"module.{k}": v for k, v in bare.state_dict().items()}}, tmp_path / "bare.pt")
+    torch.save({"model": {f"{wrapped}{k}": v for k, v in bare.state_dict().items()}}, tmp_path / "bare.pt")
     net = morse(experts, renderer).eval()
     own = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("decoder.")}
     loaded = load_matching(net, tmp_path / "bare.pt")

@@ -6,6 +6,7 @@
     python -m tools.cost --small --backbones UNETR --rows paper --base literal --repeats 10
     python -m tools.cost --backbones bundles/hippocampus_mri_morse --base "bare stride=2" --rows "default stride=2"
     python -m tools.cost --backbones bundles/hippocampus_mri_morse --over slices.yaml
+    python -m tools.cost --operations --backbones bundles/hippocampus_mri_morse --base "bare stride=2" --rows "default stride=2"
 
 A backbone may be a bundle's folder: its network, patch and batch size, a row's options being names of its ``train.yaml`` (or
 of what lies over it).
@@ -182,6 +183,11 @@ class Bench:
         self.morse = isinstance(network, (Morse, LiteralMorse))
         self.runs = 0
 
+    def see(self, scan: Sequence[int]) -> None:
+        """Infer a scan of this size from now on, as bundles do: windows of the training's patch, overlapping by a half."""
+        self.volume = torch.rand(1, 1, *scan, device=self.device)
+        self.inferer = SlidingWindowInferer(self.size, sw_batch_size=4, overlap=0.5, mode="gaussian")
+
     def count(self) -> dict[str, float]:
         self.network.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -307,6 +313,16 @@ def measure(
     return result
 
 
+def operations(backbone: str, rows: Sequence[str], **options: Any) -> str:
+    """Markdown: what each row dispatches, and as a ratio to the first."""
+    lines = ["| backbone | row | inference | training step |", "| --- | --- | --- | --- |"]
+    counts = [[Bench(backbone, r, *(options[n] for n in OPTIONS)).operations(f) for f in ("inference", TIMES[2])] for r in rows]
+    for row, own in zip(rows, counts):
+        cells = " | ".join(f"{n} ({n / bare:.2f})" for n, bare in zip(own, counts[0]))
+        lines.append(f"| {backbone} | {row} | {cells} |")
+    return "\n".join(lines)
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown."""
 
@@ -334,6 +350,7 @@ def main() -> None:
     rows = f"of {', '.join(ROWS)}, with options where wanted: 'default gate_stride=1 coarse=experts'"
     parser.add_argument("--rows", nargs="*", default=[r for r in ROWS if r != "bare"], help=rows)
     parser.add_argument("--base", default="bare", help="the row that ratios are to")
+    parser.add_argument("--operations", action="store_true", help="count operations alone, in seconds")
     parser.add_argument("--times", nargs="*", default=list(TIMES), choices=list(TIMES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
@@ -352,6 +369,9 @@ def main() -> None:
             where = f"the folder of a bundle; it has no configs/{missing[0]}"
             parser.error(f"backbone {backbone!r}: must be one of {', '.join(SETTINGS)}, or {where}")
     options = {n: getattr(args, n) for n in OPTIONS}
+    if args.operations:
+        print("\n\n".join(operations(b, [args.base, *args.rows], **options) for b in args.backbones))
+        return
     results = []
     for backbone, row in tqdm([(b, r) for b in args.backbones for r in args.rows], desc="cost", disable=None):
         results.append(measure(backbone, row, args.repeats, args.base, args.times, **options))

@@ -27,7 +27,9 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from monai_morse.data import scan_name, usable_cases
+from monai_morse.data import scan_name
+from monai_morse.data.checks import find_problem
+from monai_morse.data.grids import Limits
 from monai_morse.errors import InputError, find_input_error
 from monai_morse.prepare import prepare_mpmri, prepare_synapse
 from monai_morse.prepare.synapse import TEST, TRAIN
@@ -142,7 +144,10 @@ def run(bundle: str, files: Sequence[str], out: Path, **words: Any) -> None:
             parser["steps"] = steps
             parser.get_parsed_content("steps")
     except Exception as error:
-        raise find_input_error(error) or error from error
+        found = find_input_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
 
 
 def infer(bundle: str, scans: Path, out: Path, **words: Any) -> None:
@@ -336,11 +341,8 @@ def try_pairs(folder: Path, rng: np.random.Generator) -> Counter:
         write_random(folder / "labels" / name, rng, label=True, **other)
     cases = [{k: str(folder / f"{k}s" / n) for k in ("image", "label")} for n in names]
     with _listening():
-        try:
-            used = usable_cases(cases, 3, skip=True, limits={"resampled_to": (1, 1, 1), "voxels": 3e6})
-        except InputError:
-            used = []
-        good = [Path(c["image"]).name for c in used]
+        limits = Limits(resampled_to=(1, 1, 1), voxels=3e6)
+        good = [Path(c["image"]).name for c in cases if find_problem(c, 3, limits=limits) is None]
         if good:
             write_listing(folder, 3, good)
             words = {"limits#voxels": 3e6}

@@ -19,7 +19,7 @@ from monai_morse.errors import InputError
 from .grids import Limits, grid_misfit
 from .scans import read_scan
 
-__all__ = ["check_classes", "check_split", "find_problem", "no_hounsfield", "raise_if_skipped", "usable_cases", "voxel_fault"]
+__all__ = ["check_classes", "check_split", "find_problem", "no_hounsfield", "raise_if_left_out", "usable_cases", "voxel_fault"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +64,38 @@ def voxel_fault(voxels: np.ndarray, in_channels: int = 1) -> str | None:
     return None
 
 
-def no_hounsfield(voxels: np.ndarray) -> str | None:
-    """What a CT's values lack that Hounsfield units have: fat, and soft tissue; None where they have both.
+HOUNSFIELD = {  # HU from, to, and the least share of what is no air
+    "fat": (-150, -30, 0.03),
+    "soft tissue": (0, 150, 0.05),
+    "bone or contrast": (150, math.inf, 0.005),
+    "of a body": (-200, 300, 0.7),
+}
 
-    Air, muscle and fat are in every CT of a body. Values moved by 1024, rescaled or windowed to 8 bits have nothing where fat
-    would be.
 
-    >>> no_hounsfield(np.linspace(-1000, 1000, 100)), no_hounsfield(np.linspace(24, 2024, 100))
-    (None, 'values from 24 to 2.02e+03, 0.0 % of them fat (-150 to -30 HU) and 7.0 % soft tissue (0 to 150 HU)')
+def no_hounsfield(voxels: np.ndarray, tissues: Iterable[str] = tuple(HOUNSFIELD)) -> str | None:
+    """What a CT's values lack that Hounsfield units have: the usual shares of a body's tissues; None where they have them.
+
+    Values moved by 200, rescaled or windowed to 8 bits have too few where fat, soft tissue or bone would be, or too many
+    where nothing of a body is.
+
+    Args:
+        voxels: of any shape.
+        tissues: that are looked for; default all of ``HOUNSFIELD``.
+
+    >>> body = np.repeat([-1000, -100, 50, 400], [50, 20, 25, 5])
+    >>> no_hounsfield(body)
+    >>> no_hounsfield(body + 1000)
+    'values from 0 to 1.4e+03; of those above -500, 0.0 % are fat (-150 to -30 HU) and 50.0 % of a body (-200 to 300 HU)'
     """
-    fat, soft = (float(((voxels >= a) & (voxels < b)).mean()) for a, b in ((-150, -30), (0, 150)))
-    if fat > 0.005 and soft > 0.005:
+    inside = voxels[voxels > -500]
+    shares = {n: float(((inside >= a) & (inside < b)).mean()) if inside.size else 0.0 for n, (a, b, _) in HOUNSFIELD.items()}
+    lacking = [name for name in tissues if shares[name] < HOUNSFIELD[name][2]]
+    if not lacking:
         return None
-    percent = f"{fat:.1%} of them fat (-150 to -30 HU) and {soft:.1%} soft tissue (0 to 150 HU)".replace("%", " %")
-    return f"values from {voxels.min():.3g} to {voxels.max():.3g}, {percent}"
+    told = [f"{100 * shares[n]:.1f} % {n} ({HOUNSFIELD[n][0]} to {HOUNSFIELD[n][1]} HU)" for n in lacking]
+    return f"values from {voxels.min():.3g} to {voxels.max():.3g}; of those above -500, {' and '.join(told)}".replace(
+        "%", "% are", 1
+    )
 
 
 def find_problem(
@@ -106,7 +124,7 @@ def find_problem(
             return f"{path}: {fault}"
         lacking = no_hounsfield(voxels) if limits.hounsfield else None
         if lacking:
-            logger.warning("%s: these are not Hounsfield units: %s; organs will be missed", path, lacking)
+            logger.warning("%s: these look like no Hounsfield units: %s; organs may be missed", path, lacking)
         if "label" not in case:
             return None
         path = case["label"]
@@ -134,8 +152,10 @@ def limits_of(words: Mapping[str, Any] | None) -> Limits:
     """The limits that a config's words give.
 
     Raises:
-        InputError: for a word that there is not.
+        InputError: for a word that there is not, or what it cannot be.
     """
+    if not isinstance(words or {}, Mapping):
+        raise InputError(f"limits must be a mapping of {', '.join(field.name for field in fields(Limits))}, got {words!r}")
     for name in words or {}:
         check_choice("a word of limits", name, [field.name for field in fields(Limits)])
     return Limits(**(words or {}))
@@ -146,29 +166,25 @@ def usable_cases(
     cases: Sequence[Mapping[str, str]],
     num_classes: int,
     in_channels: int = 1,
-    skip: bool = False,
     limits: Mapping[str, Any] | None = None,
     check: bool | str = True,
     train: Sequence[Mapping[str, str]] | None = None,
     class_names: Sequence[str] = (),
 ) -> list[dict[str, str]]:
-    """The cases whose files can be used, every file read and checked once.
+    """The cases, when all of their files can be used; every file is read and checked once.
 
     Args:
         cases: paths by ``"image"`` and ``"label"``.
         num_classes, in_channels: see :func:`find_problem`.
-        skip: leave unusable cases out, with a logged error each, for cohorts at inference; default False: one unusable case
-            is an error, for training.
         limits: arguments of :class:`monai_morse.data.grids.Limits`.
         check: false takes all cases as they are; default True.
         train: those of the cases that are trained on, the others are validated on; see :func:`check_classes`.
         class_names: of labels 1, 2, ..
 
     Raises:
-        InputError: with up to ten problems; or, when skipping, if no case is left.
+        InputError: with up to ten problems, when one case or more cannot be used; when there is no case.
     """
-    if not skip:
-        _enough_for_processes(cases, "use")
+    _enough_for_processes(cases, "use")
     if not parse_bool(check, "check_data"):
         return [dict(case) for case in cases]
     good: list[dict[str, str]] = []
@@ -179,7 +195,7 @@ def usable_cases(
         try:
             found: set[int] = set()
             problem = find_problem(case, num_classes, in_channels, bounds, found)
-        except Exception as error:  # whatever else one file does, the others are usable
+        except Exception as error:  # whatever else one file does, it is named
             cause = f"{type(error).__name__}: {error}"
             problem = f"{case.get('image', case)}: cannot be checked ({cause}); one readable file a case is needed"
         if problem is None:
@@ -187,13 +203,11 @@ def usable_cases(
             classes.append(found)
         else:
             problems.append(problem)
-    if problems and not skip:
+    if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise InputError(f"{len(problems)} of {len(cases)} cases cannot be used:\n  " + "\n  ".join(problems[:10]) + more)
-    for problem in problems:
-        logger.error("skipped: %s", problem)
     if not good:
-        raise InputError("no usable case: " + (problems[0] if problems else "the list of cases is empty"))
+        raise InputError("the list of cases is empty; give a case at least")
     if train is not None:
         sides = [[c for case, c in zip(good, classes) if (case in train) == wanted] for wanted in (True, False)]
         check_classes(sides[0], sides[1], class_names)
@@ -262,9 +276,10 @@ def check_split(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping
     _enough_for_processes(validation or [], "validate on")
 
 
-def raise_if_skipped(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:
-    """At the end of a cohort: raise an :class:`InputError` naming the cases that :func:`usable_cases` left out, if any."""
+def raise_if_left_out(cases: Iterable[Mapping[str, str]], used: Iterable[Mapping[str, str]]) -> None:
+    """At the end of a cohort: raise an :class:`InputError` naming the cases that were refused or failed, if any."""
     done = {c["image"] for c in used}
-    skipped = [c["image"] for c in cases if c["image"] not in done]
-    if skipped:
-        raise InputError(f"{len(skipped)} case(s) skipped, the others are done; see the log for why: {', '.join(skipped)}")
+    others = [c["image"] for c in cases if c["image"] not in done]
+    if others:
+        told = "the others are done; see the log for why"
+        raise InputError(f"{len(others)} case(s) refused or failed, {told}: {', '.join(others)}")

@@ -76,7 +76,8 @@ def _header(file: str | Path) -> pydicom.Dataset:
     return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*IDENTITY, *PIXELS, *PLACE, *GROUPS])
 
 
-def _sop_class(header: pydicom.Dataset) -> UID:
+def sop_class_of(header: pydicom.Dataset) -> UID:
+    """By the file's meta data where anonymising has left it blank."""
     return UID(str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID", "")))
 
 
@@ -110,7 +111,7 @@ def _identity(file: str, *version: int) -> _Identity:
         series = str(header.SeriesInstanceUID or f"series{number}")  # blanked: anonymised
     except Exception:  # pydicom has many
         return _Identity(UNREAD)
-    if _sop_class(header) == SECONDARY_CAPTURE:
+    if sop_class_of(header) == SECONDARY_CAPTURE:
         return _Identity(CAPTURE)
     if header.get("Modality") in NO_IMAGES or "Rows" not in header:
         return _Identity(SILENT)
@@ -213,7 +214,7 @@ def _plane(file: str, frame: int, kind: str, place: pydicom.Dataset) -> Plane:
 def _planes_of(file: str, header: pydicom.Dataset) -> Iterator[Plane]:
     """The slices of a file."""
     name, frames = Path(file).name, int(header.get("NumberOfFrames") or 1)
-    sop_class = _sop_class(header)
+    sop_class = sop_class_of(header)
     if sop_class not in READ:
         raise InputError(f"{name} is of {sop_class.name or 'no SOP class'}, which is not read; CT, MR and PET images are")
     if header.get("SamplesPerPixel", 1) != 1:

@@ -13,9 +13,9 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from monai.utils import optional_import
 
-from monai_morse.errors import InputError
+from monai_morse.errors import InputError, disk_is_full
 
-from .dicom import is_dicom_scan, series_planes
+from .dicom import is_dicom_scan, series_planes, sop_class_of
 from .files import atomic_write, case_name
 
 __all__ = ["SaveDicomSegd"]
@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 class SaveDicomSegd(MapTransform):
     """Writes label maps of DICOM series as DICOM-SEG, ``NAME_seg.dcm``, a segment a class that was found.
 
-    A label map of a scan that was NIfTI is left alone. Where there is nothing to write, as without any voxel of a class, or the
-    series lacks what a segmentation must repeat of it (anonymised too far), an error is logged and the next scan follows.
+    The path is kept in the map's meta data, as ``"dicom_seg"``. A label map of a scan that was NIfTI is left alone. Where there
+    is nothing to write, as without any voxel of a class, or the series lacks what a segmentation must repeat of it (anonymised
+    too far), an error is logged and kept there, as ``"remark"``, and the next scan follows.
 
     Args:
         keys: label maps (1, *S) on the scan's own grid, ``MetaTensor`` with the meta data of ``LoadImage``.
@@ -52,14 +53,19 @@ class SaveDicomSegd(MapTransform):
             if not is_dicom_scan(scan):
                 continue
             try:
-                self._save(np.asarray(d[key][0]).astype(np.uint8), scan, case_name(d[key].meta))
+                path = self.output_dir / f"{case_name(d[key].meta)}_seg.dcm"
+                self._save(np.asarray(d[key][0]).astype(np.uint8), scan, path)
+                d[key].meta["dicom_seg"] = str(path)
             except Exception as error:  # one scan's, highdicom has no class of its own
+                if disk_is_full(error):
+                    raise
                 known = isinstance(error, InputError)
                 reason = error if known else f"its files may lack what a segmentation must repeat: {error!r}"
                 logger.error("no DICOM-SEG of %s: %s", Path(scan).parents[1], reason)
+                d[key].meta["remark"] = f"no DICOM-SEG: {reason}"
         return d
 
-    def _save(self, labels: np.ndarray, scan: str, name: str) -> None:
+    def _save(self, labels: np.ndarray, scan: str, path: Path) -> None:
         import highdicom as hd
         import pydicom
         from pydicom.sr.codedict import codes
@@ -86,8 +92,14 @@ class SaveDicomSegd(MapTransform):
         frames = np.stack([labels == k for k in found], axis=-1).transpose(2, 1, 0, 3)  # a frame a slice
         if len(files) == 1:  # in the order of its frames
             frames = frames[np.argsort([p.frame for p in planes])]
+        sources = [pydicom.dcmread(f) for f in files]
+        for source in sources:
+            source.SOPClassUID = sop_class_of(source)
+            source.SOPInstanceUID = source.get("SOPInstanceUID") or source.file_meta.get("MediaStorageSOPInstanceUID", "")
+        if len({source.SOPInstanceUID for source in sources} - {""}) < len(sources):
+            raise InputError("its files have no SOPInstanceUIDs of their own, which a segmentation refers to; restore them")
         segmentation = hd.seg.Segmentation(
-            source_images=[pydicom.dcmread(f) for f in files],
+            source_images=sources,
             pixel_array=frames.astype(np.uint8),
             segmentation_type="BINARY",
             segment_descriptions=segments,
@@ -100,5 +112,5 @@ class SaveDicomSegd(MapTransform):
             software_versions=version("monai_morse"),
             device_serial_number="0",
         )
-        with atomic_write(self.output_dir / f"{name}_seg.dcm") as partial:
+        with atomic_write(path) as partial:
             segmentation.save_as(partial)

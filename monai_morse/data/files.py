@@ -8,13 +8,14 @@ import os
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
+from filelock import FileLock, Timeout
 from monai.config import KeysCollection
 from monai.data import NibabelWriter
 from monai.transforms import SaveImaged
@@ -32,11 +33,13 @@ __all__ = [
     "case_names",
     "check_writable",
     "is_nifti",
+    "lock_folder",
     "scan_name",
     "scans_in",
 ]
 
 logger = logging.getLogger(__name__)
+PATIENCE = 8.0  # seconds for the processes of a run that was killed to end, as torch's do within five
 
 
 @contextmanager
@@ -197,6 +200,31 @@ def check_writable(*folders: str | Path) -> None:
             raise InputError(f"cannot write to {folder} ({error.strerror}); give another --ckpt_dir or --output_dir") from error
 
 
+def lock_folder(folder: str | Path, what: str, option: str) -> FileLock | None:
+    """Keep other runs of a kind out of a folder, until the lock is released or this process ends, however it does.
+
+    Args:
+        folder: is made if need be. what: the kind of run, e.g. "training". option: which names the folder, for the error.
+
+    Returns:
+        the lock; None, with a warning, where the file system has none.
+
+    Raises:
+        InputError: when another run has it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / f".{what}.lock", PATIENCE, is_singleton=True)
+    try:
+        lock.acquire()
+        return lock
+    except Timeout:
+        words = f"wait for it or stop it, or give this one another {option}"
+        raise InputError(f"another {what} is writing to {folder}; {words}") from None
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s): see yourself that no second %s starts in it", folder, error, what)
+        return None
+
+
 class AtomicNibabelWriter(NibabelWriter):
     """``NibabelWriter`` of maps on a scan's own grid: with the scan's axes, also those of length 1, and its affine.
 
@@ -204,6 +232,7 @@ class AtomicNibabelWriter(NibabelWriter):
     """
 
     oriented = True
+    error: ClassVar[Exception | None] = None  # of the last write: SaveImage swallows it
 
     def set_data_array(
         self, data_array: Any, channel_dim: int | None = 0, squeeze_end_dims: bool = True, **kwargs: Any
@@ -231,8 +260,13 @@ class AtomicNibabelWriter(NibabelWriter):
             # as the scan: whatever a viewer makes of that, it makes of both
             image.set_sform(None, code=0)
             image.set_qform(None, code=0)
-        with atomic_write(filename) as partial:
-            nib.save(image, partial)
+        try:
+            AtomicNibabelWriter.error = None
+            with atomic_write(filename) as partial:
+                nib.save(image, partial)
+        except Exception as error:
+            AtomicNibabelWriter.error = error
+            raise
 
 
 class SaveMapd(SaveImaged):
@@ -270,6 +304,12 @@ class SaveMapd(SaveImaged):
             output_name_formatter=_with_suffix,
             savepath_in_metadict=True,
         )
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        try:
+            return super().__call__(data)
+        except RuntimeError as error:  # MONAI's, which asks for libraries whatever has failed
+            raise AtomicNibabelWriter.error or error from None
 
 
 def _with_suffix(meta: Mapping[str, Any] | None, saver: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
-from monai_morse.config import typed_arguments
+from monai_morse.config import parse_number, typed_arguments
 from monai_morse.errors import InputError
 
 __all__ = ["Limits", "MatchGridd", "ToScanGridd", "affine_fault", "grid_misfit", "grid_shift", "voxel_size"]
@@ -43,6 +43,14 @@ class Limits:
     voxels: float = 2**28
     resampled_to: Sequence[float] | None = None
     hounsfield: bool = False
+
+    def __post_init__(self) -> None:
+        pair = isinstance(self.spacing, (list, tuple)) and len(self.spacing) == 2
+        if not pair or not 0 <= self.spacing[0] < self.spacing[1]:
+            raise InputError(f"limits: spacing must be the smallest and the largest voxel size in mm, got {self.spacing!r}")
+        parse_number(self.voxels, "limits: voxels", within="[1, inf)")
+        for size in self.resampled_to or ():
+            parse_number(size, "limits: resampled_to (spacing)", within=f"[{self.spacing[0]}, {self.spacing[1]}]")
 
     def fault(self, shape: Sequence[int], affine: np.ndarray) -> str | None:
         """Why a scan's grid (X, Y, Z) is beyond the limits; None where it is not."""

@@ -15,14 +15,13 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 from monai.networks.utils import get_state_dict
 from torch import nn
 
 from monai_morse.config import typed_arguments
-from monai_morse.data import atomic_write
-from monai_morse.errors import InputError, say_how_to_go_on
+from monai_morse.data.files import atomic_write, lock_folder
+from monai_morse.errors import InputError, OutputLost, say_how_to_go_on
 from monai_morse.fingerprint import fingerprint
 from monai_morse.networks import Morse
 from monai_morse.weights import load_matching, read_checkpoint
@@ -30,7 +29,6 @@ from monai_morse.weights import load_matching, read_checkpoint
 __all__ = ["BestModel", "LastModel", "TrainingState", "WeightsLoader"]
 
 logger = logging.getLogger(__name__)
-PATIENCE = 8.0  # seconds for the processes of a training that was killed to end, as torch's do within five
 
 
 @idist.one_rank_only()
@@ -162,7 +160,7 @@ class TrainingState:
 
     def start(self, engine: Engine) -> None:
         if idist.get_rank() == 0:
-            self.lock = _claim(self.path.parent)
+            self.lock = lock_folder(self.path.parent, "training", "--ckpt_dir")
         self.settings = {**self.settings, **self._learned_from(engine)}
         rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         loader = engine.state.dataloader
@@ -240,7 +238,7 @@ class TrainingState:
 
     def save(self, engine: Engine) -> None:
         if idist.get_rank() == 0 and self.written and not self.path.is_file():
-            raise InputError(f"{self.path} was removed while the training ran, with what lay beside it perhaps; start it again")
+            raise OutputLost(f"{self.path} was removed while the training ran, with what lay beside it perhaps; start it again")
         state = {
             "model": get_state_dict(self.network),
             "optimizer": self.optimizer.state_dict(),
@@ -263,21 +261,6 @@ class TrainingState:
         say_how_to_go_on()
         if idist.get_rank() == 0 and self.lock is not None:
             self.lock.release(force=True)
-
-
-def _claim(folder: Path) -> FileLock | None:
-    """Keep other trainings out of a folder, until the lock is released or this process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".training.lock", PATIENCE, is_singleton=True)
-    try:
-        lock.acquire()
-        return lock
-    except Timeout:
-        words = "wait for it or stop it, or give this one another --ckpt_dir"
-        raise InputError(f"another training is writing to {folder}; {words}") from None
-    except (OSError, NotImplementedError) as error:
-        logger.warning("%s cannot be locked (%s): see yourself that no second training starts in it", folder, error)
-        return None
 
 
 def _sizes(groups: list[dict]) -> list[int]:

@@ -22,7 +22,7 @@ from monai.networks.utils import eval_mode
 
 from monai_morse.config import typed_arguments
 from monai_morse.data import ToScanGridd, atomic_write, case_name
-from monai_morse.errors import InputError
+from monai_morse.errors import InputError, OutputLost
 from monai_morse.metrics import PaperFigures, boundary_distance, paper_figures
 from monai_morse.networks import Morse
 from monai_morse.visualize import boundary_picture
@@ -97,6 +97,9 @@ class CaseReport:
         class_names: of the foreground classes, in label order.
         label_key: key of the label in the engine's output; default "label".
 
+    Raises:
+        OutputLost: when the file was removed while the evaluation ran.
+
     The CSV has the columns case, class, dice, jaccard, hd95_mm, asd_mm, paper_dice, paper_jaccard, paper_hd95, paper_asd and
     seconds (of inference, the same for each class).
     """
@@ -109,6 +112,7 @@ class CaseReport:
         self.class_names = list(class_names)
         self.label_key = label_key
         self.rows: list[dict[str, Any]] = []
+        self.written = False
         self.started = 0.0
         self.seconds = 0.0
 
@@ -153,6 +157,9 @@ class CaseReport:
 
     @idist.one_rank_only()
     def _write(self) -> None:
+        if self.written and not self.path.is_file():
+            raise OutputLost(f"{self.path} was removed while the evaluation ran, with predictions perhaps; start it again")
+        self.written = True
         with atomic_write(self.path) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, ["case", "class", *self.FIGURES, *self.PAPER_FIGURES, "seconds"])
             writer.writeheader()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import List, Union
+from typing import List, Optional, Tuple, Union
 
 import torch
 from monai.networks.layers.factories import Conv, Norm
@@ -13,7 +13,7 @@ from monai_morse.errors import InputError
 
 from . import streaming
 from .options import per_axis
-from .points import corners, exporting, gather_points, sample_linear, weigh_corners
+from .points import corners, exporting, gather_points, sample_grid, weigh_corners
 from .resampling import resize, shrink
 
 __all__ = ["ExpertDropout", "Mixture", "PointwiseMLP"]
@@ -23,9 +23,9 @@ class _Linear(nn.Conv1d):
     """The same linear map at every position, as a matrix product: on a CPU, a convolution takes up to twice as long."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias, size = self.bias, [x.shape[0], -1, -1]
+        bias = self.bias
         assert bias is not None
-        return torch.baddbmm(bias[:, None].expand(size), self.weight[:, :, 0].expand(size), x)
+        return torch.baddbmm(bias[:, None], self.weight.squeeze(2).expand(x.shape[0], -1, -1), x)
 
 
 class PointwiseMLP(nn.Module):
@@ -66,8 +66,26 @@ class PointwiseMLP(nn.Module):
         return y.reshape(list(y.shape[:2]) + list(x.shape[2:]))
 
 
+def _joined(maps: List[Tensor]) -> Tensor:
+    """All positions of maps (B, C, ..) side by side, (B, C, M)."""
+    return maps[0].flatten(2) if len(maps) == 1 else torch.cat([x.flatten(2) for x in maps], dim=2)
+
+
+def _parted(y: Tensor, maps: List[Tensor]) -> List[Tensor]:
+    """What a pointwise map makes of ``_joined(maps)``, (B, C', M), as maps (B, C', ..) again."""
+    found: List[Tensor] = []
+    for x, part in zip(maps, y.split([x.flatten(2).shape[2] for x in maps], dim=2)):
+        found.append(part.reshape(list(part.shape[:2]) + list(x.shape[2:])))
+    return found
+
+
 def _chain(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     return second(first(x))
+
+
+def _as_factor(counts: Tensor, x: Tensor) -> Tensor:
+    """Counts (B, N) as a factor of ``x`` (B, N, ..)."""
+    return counts.to(x.dtype).reshape(list(counts.shape) + [1] * (x.ndim - 2))
 
 
 class ExpertDropout(nn.Module):
@@ -85,6 +103,7 @@ class ExpertDropout(nn.Module):
 
     masks: Tensor  # real types, not strings: torch.jit.script reads them, so this file defers no annotations
     chance: Tensor
+    ones: Tensor
 
     @typed_arguments
     def __init__(self, num_experts: int, drop_prob: float = 0.7, min_active: int = 1, scale: bool = False) -> None:
@@ -99,11 +118,12 @@ class ExpertDropout(nn.Module):
         chance = (1 - drop_prob) ** active * drop_prob ** (num_experts - active) * (active >= min_active)
         self.register_buffer("masks", masks / (1 - drop_prob) if scale else masks, persistent=False)
         self.register_buffer("chance", chance, persistent=False)
+        self.register_buffer("ones", torch.ones(1, num_experts), persistent=False)
 
     def forward(self, batch: int) -> Tensor:
         """What the experts of ``batch`` samples count, (B, N): 0 where they are dropped; ones in eval mode."""
         if not self.training:
-            return torch.ones(batch, self.masks.shape[1], device=self.masks.device)
+            return self.ones.expand(batch, -1)
         return self.masks[torch.multinomial(self.chance, batch, replacement=True)]
 
 
@@ -181,7 +201,7 @@ class Mixture(nn.Module):
             counts: what each expert counts, (B, N).
             size: *S.
         """
-        gate_size = [-(-s // k) for s, k in zip(size, self.gate_stride)]
+        gate_size = self._gate_size(size)
         if self.gate is None:
             return torch.zeros([counts.shape[0], 1] + gate_size, dtype=features[0].dtype, device=features[0].device)
         if not torch.jit.is_scripting():
@@ -189,18 +209,28 @@ class Mixture(nn.Module):
                 return streaming.gate_logits(self.experts, self.gate, features, counts if self.training else None, size)
         seen: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
-            expert = mlp(shrink(features[i], gate_size))
-            count = counts[:, i].to(expert.dtype).reshape([-1] + [1] * (expert.ndim - 1))
-            seen.append(resize(expert * count, gate_size))
-        return self.gate(torch.cat(seen, dim=1))
+            seen.append(mlp(shrink(features[i], gate_size)))
+        return self._gate(seen, counts, gate_size)
+
+    def _gate_size(self, size: List[int]) -> List[int]:
+        return [-(-s // k) for s, k in zip(size, self.gate_stride)]
+
+    def _gate(self, seen: List[Tensor], counts: Tensor, gate_size: List[int]) -> Tensor:
+        """The gate's logits, of experts on its grid or on coarser ones."""
+        assert self.gate is not None
+        x = torch.cat([resize(expert, gate_size) for expert in seen], dim=1)
+        if self.training:
+            each = x.unflatten(1, [len(seen), -1])
+            x = (each * _as_factor(counts, each)).flatten(1, 2)
+        return self.gate(x)
 
     def weights(self, logits: Tensor, counts: Tensor) -> Tensor:
         """What F_i is multiplied with at the gate's ``logits`` (B, N, ..): W_i of equation 1, 0 for dropped experts."""
         if not self.training:
             return logits.softmax(dim=1)
-        count = counts.to(logits.dtype).reshape(list(counts.shape) + [1] * (logits.ndim - 2))
+        count = _as_factor(counts, logits)
         if self.renormalize:  # far below any logit, within half precision; the product is for a sample without any expert
-            logits = logits.masked_fill(count == 0, -3e4)
+            logits = torch.add(logits, count - 1, alpha=3e4)
         return logits.softmax(dim=1) * count
 
     def everywhere(self, features: List[Tensor], counts: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
@@ -222,19 +252,47 @@ class Mixture(nn.Module):
             self.experts, self.out_channels, chain, self.gate, self.weights, features, known, gate_logits, size
         )
 
-    def at_points(self, features: List[Tensor], counts: Tensor, gate_logits: Tensor, coordinates: Tensor) -> Tensor:
-        """x_out at ``coordinates`` (B, P, len(S)) alone -> (B, width, P), without maps of size *S.
+    def at_points(
+        self,
+        features: List[Tensor],
+        counts: Tensor,
+        coordinates: Tensor,
+        size: List[int],
+        gate_logits: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """x_out (B, width, P) and the features (B, C_i, P) at ``coordinates`` (B, P, len(S)) alone, without maps of size *S.
 
-        An expert is computed at the voxels that interpolation reads, or everywhere where those are more than its map has.
+        An expert is computed at the voxels that interpolation reads, or everywhere where those are not far fewer than its map
+        has; in the same product, where ``gate_logits`` are not given, for the gate.
         """
-        weights = self.weights(sample_linear(gate_logits, coordinates), counts)
-        mixed = torch.zeros_like(weights[:, :1])
+        if gate_logits is None and (self.gate is None or max(self.gate_stride) == 1):
+            gate_logits = self.gate_logits(features, counts, size)
+        gate_size = self._gate_size(size)
+        grid = coordinates.flip(2)
+        for_gate: List[Tensor] = []
+        experts: List[Tensor] = []
+        read: List[Tensor] = []
         for i, mlp in enumerate(self.experts):
-            # exported, the answer of one window size would become a condition on all
-            if exporting() or coordinates.shape[1] * 2 ** coordinates.shape[2] < features[i][0, 0].numel():
-                index, weight = corners(coordinates, list(features[i].shape[2:]))
-                expert = weigh_corners(mlp(gather_points(features[i], index)), weight)
+            feature = features[i]
+            # finding them costs as well; and exported, the answer of one window size would become a condition on all
+            few = exporting() or 1.5 * coordinates.shape[1] * 2 ** coordinates.shape[2] < feature[0, 0].numel()
+            sources, weight = [feature], coordinates
+            if few:
+                index, weight = corners(coordinates, list(feature.shape[2:]))
+                sources = [gather_points(feature, index)]
+            if gate_logits is None:
+                averaged = shrink(feature, gate_size)
+                if averaged.shape != sources[0].shape:  # else it is the same map
+                    sources.append(averaged)
+            made = _parted(mlp(_joined(sources)), sources)
+            for_gate.append(made[-1])
+            if few:
+                read.append(weigh_corners(sources[0], weight))
+                experts.append(weigh_corners(made[0], weight))
             else:
-                expert = sample_linear(mlp(features[i]), coordinates)
-            mixed = mixed + weights[:, i : i + 1] * expert
-        return self.fuse(mixed)
+                read.append(sample_grid(feature, grid))
+                experts.append(sample_grid(made[0], grid))
+        if gate_logits is None:
+            gate_logits = self._gate(for_gate, counts, gate_size)
+        weights = self.weights(sample_grid(gate_logits, grid), counts)
+        return self.fuse((weights.unsqueeze(2) * torch.stack(experts, dim=1)).sum(1)), read

@@ -17,8 +17,10 @@ from .experts import Mixture, PointwiseMLP
 from .options import EXPERTS, PRESETS, RENDERERS, resolve_options
 from .points import (
     apply_affine,
+    gather_patch,
     gather_points,
     point_coordinates,
+    sample_grid,
     sample_linear,
     sample_patch,
     select_oversampled_points,
@@ -38,13 +40,13 @@ HEADS = {"pointrend": PointRendHead, "implicit_pointrend": ImplicitPointRendHead
 
 class _Maps(NamedTuple):
     """The image (B, C, *S) and coarse logits (B, K, *S), the decoder features (B, C_i, *S_i), and of a mixture what its
-    experts count (B, N) and the gate's logits; without one, nothing in both."""
+    experts count (B, N); the gate's logits where the coarse ones needed them."""
 
     image: Tensor
     coarse: Tensor
     features: List[Tensor]
     counts: Tensor
-    gate_logits: Tensor
+    gate_logits: Optional[Tensor]
 
 
 class MorseOutput(NamedTuple):
@@ -213,7 +215,7 @@ class Morse(nn.Module):
         if self.renderer is None:
             return coarse
         index = self._training_points(coarse, x) if return_points else self._uncertain_points(coarse, x)
-        rendered = self._render(maps, point_coordinates(index, size), gather_points(coarse, index), window_affine)
+        rendered = self._render_voxels(maps, index, coarse, window_affine)
         if return_points:
             return MorseOutput(maps.coarse, rendered, index)
         return write_points(coarse, index, rendered)
@@ -258,27 +260,34 @@ class Morse(nn.Module):
         rendered = torch.zeros_like(coarse[:, :1])
         if self.renderer is not None:
             index = self._uncertain_points(coarse, x)
-            at_points = self._render(maps, point_coordinates(index, size), gather_points(coarse, index), window_affine)
+            at_points = self._render_voxels(maps, index, coarse, window_affine)
             logits = write_points(coarse, index, at_points)
             rendered = write_points(rendered, index, torch.ones_like(index[:, None], dtype=rendered.dtype))
         seen = {"logits": logits, "coarse": coarse, "rendered": rendered}
         seen["uncertainty"] = uncertainty(logits, self.multilabel).reshape(rendered.shape)
         if self.mixture is not None:
-            seen["expert_weights"] = resize(maps.gate_logits, size).softmax(dim=1)
+            gate_logits = maps.gate_logits
+            if gate_logits is None:
+                gate_logits = self.mixture.gate_logits(maps.features, maps.counts, self._seen_size(x))
+            seen["expert_weights"] = resize(gate_logits, size).softmax(dim=1)
         return seen
 
     def _maps(self, x: Tensor) -> _Maps:
-        size = [-(-s // k) for s, k in zip(x.shape[2:], self.stride)]
+        size = self._seen_size(x)
         logits, features = self.decoder(shrink(x, size))
-        counts = gate_logits = x.new_zeros([0])
+        counts, gate_logits = x[:0], torch.jit.annotate(Optional[Tensor], None)
         if self.mixture is not None:
             counts = self.mixture.dropout(x.shape[0])
-            gate_logits = self.mixture.gate_logits(features, counts, size)
             if self.classifier is not None:
+                gate_logits = self.mixture.gate_logits(features, counts, size)
                 logits = self._classify(features, counts, gate_logits, size)
         if max(self.stride) > 1 and logits.ndim == x.ndim:  # not a stack of deep supervision, which the loss knows
             logits = resize(logits, list(x.shape[2:]))
         return _Maps(x, logits, features, counts, gate_logits)
+
+    def _seen_size(self, x: Tensor) -> List[int]:
+        """The size of what the backbone sees."""
+        return [-(-s // k) for s, k in zip(x.shape[2:], self.stride)]
 
     def _classify(self, features: List[Tensor], counts: Tensor, gate_logits: Tensor, size: List[int]) -> Tensor:
         """Coarse logits (B, K, *S), a linear map of x_out."""
@@ -301,17 +310,36 @@ class Morse(nn.Module):
         """How many voxels of the score's grid fill the space of ``num_eval`` voxels of the image."""
         return -(-self.num_eval * score.shape[1] // x[0, 0].numel())
 
-    def _render(self, maps: _Maps, coordinates: Tensor, logits: Tensor, window_affine: Optional[Tensor]) -> Tensor:
-        """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P)."""
+    def _render_voxels(self, maps: _Maps, index: Tensor, coarse: Tensor, window_affine: Optional[Tensor]) -> Tensor:
+        """Logits (B, K, P) at voxels (B, P) of the grid of the coarse logits."""
+        patch = torch.jit.annotate(Optional[Tensor], None)
+        if self.reads_patch and coarse.shape[2:] == maps.image.shape[2:]:
+            patch = gather_patch(maps.image, index, self.image_patch)
+        coordinates = point_coordinates(index, list(coarse.shape[2:]))
+        return self._render(maps, coordinates, gather_points(coarse, index), window_affine, patch)
+
+    def _render(
+        self,
+        maps: _Maps,
+        coordinates: Tensor,
+        logits: Tensor,
+        window_affine: Optional[Tensor],
+        patch: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Logits (B, K, P) at coordinates (B, P, len(S)), where the coarse ones are ``logits`` (B, K, P) and ``patch`` lies."""
         if self.renderer is None or coordinates.shape[1] == 0:
             return logits
         read: List[Tensor] = []
-        if self.mixture is not None:
-            read.append(self.mixture.at_points(maps.features, maps.counts, maps.gate_logits, coordinates))
-        if self.read_features:
-            read += [sample_linear(feature, coordinates) for feature in maps.features]
+        if self.mixture is None:
+            grid = coordinates.flip(2)
+            read = [sample_grid(feature, grid) for feature in maps.features]
+        else:
+            size = self._seen_size(maps.image)
+            x_out, features = self.mixture.at_points(maps.features, maps.counts, coordinates, size, maps.gate_logits)
+            read = [x_out] + features if self.read_features else [x_out]
         if self.reads_patch:
-            patch = sample_patch(maps.image, coordinates, self.image_patch)
+            if patch is None:
+                patch = sample_patch(maps.image, coordinates, self.image_patch)
             if self.patch_norm:
                 patch = standardize_patch(patch, maps.image.shape[1])
             read.append(patch.to(read[0].dtype))

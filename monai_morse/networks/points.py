@@ -18,9 +18,11 @@ from monai_morse.config import parse_number, typed_arguments
 __all__ = [
     "PointSelection",
     "corners",
+    "gather_patch",
     "gather_points",
     "apply_affine",
     "point_coordinates",
+    "sample_grid",
     "sample_linear",
     "sample_patch",
     "select_oversampled_points",
@@ -167,10 +169,12 @@ def point_coordinates(index: Tensor, size: List[int]) -> Tensor:
     """
     axes: List[Tensor] = []
     rest = index
-    for length in size[::-1]:
-        whole = torch.div(rest, length, rounding_mode="floor")
-        axes.append((2 * (rest - whole * length) + 1).float() / length - 1)  # ONNX takes no % by a free size
-        rest = whole
+    for axis in range(len(size) - 1, -1, -1):
+        length, voxel = size[axis], rest
+        if axis > 0:
+            rest = torch.div(voxel, length, rounding_mode="floor")
+            voxel = torch.sub(voxel, rest, alpha=length)  # ONNX takes no % by a free size
+        axes.append(torch.rsub(voxel, 1 - length, alpha=-2) / length)
     return torch.stack(axes[::-1], dim=-1)
 
 
@@ -222,14 +226,72 @@ def sample_linear(x: Tensor, coordinates: Tensor) -> Tensor:
     >>> sample_linear(torch.tensor([[[[0.0, 1.0, 2.0]]]]), torch.tensor([[[0.0, 0.0], [0.0, 1 / 3]]]))
     tensor([[[1.0000, 1.5000]]])
     """
+    return sample_grid(x, coordinates.flip(2))
+
+
+def sample_grid(x: Tensor, grid: Tensor) -> Tensor:
+    """:func:`sample_linear` at coordinates that are ordered (x, y, z), as ``grid_sample`` takes them."""
     if x.ndim == 5 and exporting():
-        index, weight = corners(coordinates, list(x.shape[2:]))
+        index, weight = corners(grid.flip(2), list(x.shape[2:]))
         return weigh_corners(gather_points(x, index), weight)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, coordinates.dtype), torch.float32)
-    size = [x.shape[0], -1] + [1] * (x.ndim - 3) + [x.ndim - 2]
-    grid = coordinates.to(dtype).flip(2).reshape(size)  # its axes are ordered (x, y, z)
-    sampled = F.grid_sample(x.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, grid.dtype), torch.float32)
+    places = grid.to(dtype).reshape([x.shape[0], -1] + [1] * (x.ndim - 3) + [x.ndim - 2])
+    sampled = F.grid_sample(x.to(dtype), places, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled.flatten(2).to(x.dtype)
+
+
+def _blocks(coordinates: Tensor, size: List[int], sides: List[int]) -> Tuple[Tensor, Tensor]:
+    """The voxels around each place, as many as interpolation reads at ``sides`` neighbours that lie voxels apart.
+
+    Args:
+        coordinates: (B, P, len(S)) in [-1, 1]. size: *S. sides: an odd number for each axis.
+
+    Returns:
+        flat voxel indices (B, n, P), n the product of ``sides`` + 1, the last axis's side by side, those beyond the edge on it;
+        and by what part of a voxel a place lies beyond the first of each pair, (len(S), B, P).
+    """
+    coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
+    first: List[Tensor] = []
+    for axis, length in enumerate(size):  # in one operation: coordinate * length / 2 + (length - 1) / 2 - half the side
+        first.append(torch.rsub(coordinates[:, :, axis], (length - 1) / 2 - sides[axis] // 2, alpha=-length / 2))
+    position = torch.stack(first)
+    low = position.floor()
+    fraction = position - low
+    steps = torch.arange(max(sides) + 1, device=coordinates.device).unsqueeze(1)
+    voxels = low.long().unsqueeze(2) + steps
+    index = voxels[0, :, : sides[0] + 1].clamp(0, size[0] - 1)
+    for axis in range(1, len(size)):
+        along = voxels[axis, :, : sides[axis] + 1].clamp(0, size[axis] - 1)
+        index = torch.add(along.unsqueeze(1), index.unsqueeze(2), alpha=size[axis]).flatten(1, 2)
+    return index, fraction
+
+
+def gather_patch(x: Tensor, index: Tensor, sides: List[int]) -> Tensor:
+    """:func:`sample_patch` around voxels of ``x`` itself, where nothing has to be interpolated.
+
+    Args:
+        x: (B, C, *S). index: flat voxel indices (B, P). sides: an odd number for each axis.
+
+    Returns:
+        (B, C n, P), n the product of ``sides``, the last axis's neighbours side by side.
+
+    >>> gather_patch(torch.arange(5.0).reshape(1, 1, 1, 5), torch.tensor([[0, 2]]), [1, 3])[0, :, 1]
+    tensor([1., 2., 3.])
+    """
+    edges: List[int] = []
+    for side in sides[::-1]:
+        edges += [side // 2, side // 2]
+    padded = F.pad(x, edges, mode="replicate")  # then a voxel's neighbours are at the same distance everywhere
+    steps = torch.arange(max(sides), device=index.device)
+    first, around, stride = index, steps[: sides[-1]], 1  # of a block, its first voxel; and how far the others lie from it
+    rest = index
+    for axis in range(len(sides) - 1, 0, -1):
+        rest = torch.div(rest, x.shape[2 + axis], rounding_mode="floor")
+        first = torch.add(first, rest, alpha=stride * (padded.shape[2 + axis] - x.shape[2 + axis]))
+        stride *= padded.shape[2 + axis]
+        around = torch.add(around, steps[: sides[axis - 1]].unsqueeze(1), alpha=stride).flatten()
+    neighbours = (first.unsqueeze(1) + around.unsqueeze(1)).flatten(1)
+    return gather_points(padded, neighbours).reshape(x.shape[0], -1, index.shape[1])
 
 
 def sample_patch(x: Tensor, coordinates: Tensor, sides: List[int]) -> Tensor:
@@ -244,22 +306,12 @@ def sample_patch(x: Tensor, coordinates: Tensor, sides: List[int]) -> Tensor:
     >>> sample_patch(torch.arange(5.0).reshape(1, 1, 1, 5), torch.tensor([[[0.0, 0.0]]]), [1, 3])[0, :, 0]
     tensor([1., 2., 3.])
     """
-    coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
-    index = torch.zeros_like(coordinates[:, None, :, 0], dtype=torch.long)
-    fractions: List[Tensor] = []
-    for axis in range(coordinates.shape[2]):  # the block of a voxel more along each axis, which the interpolations share
-        length, side = x.shape[2 + axis], sides[axis]
-        offsets = torch.arange(-(side // 2), side // 2 + 2, device=x.device)[:, None]
-        position = ((coordinates[:, None, :, axis] + 1) * length - 1) / 2
-        low = position.floor()
-        fractions.append(position - low)
-        voxels = (low.long() + offsets).clamp(0, length - 1)
-        index = (index.unsqueeze(2) * length + voxels.unsqueeze(1)).flatten(1, 2)
-    block = gather_points(x, index.flatten(1)).reshape(x.shape[0], -1, coordinates.shape[1])
-    for axis, fraction in enumerate(fractions):  # always the first axis, whose result goes to the back
-        block = block.reshape(x.shape[0], x.shape[1], sides[axis] + 1, -1, coordinates.shape[1])
-        block = torch.lerp(block[:, :, :-1], block[:, :, 1:], fraction.unsqueeze(1).unsqueeze(1).to(block.dtype))
-        block = block.transpose(2, 3)
+    index, fraction = _blocks(coordinates, list(x.shape[2:]), sides)
+    block = gather_points(x, index.flatten(1))
+    block = block.reshape([x.shape[0], x.shape[1]] + [side + 1 for side in sides] + [index.shape[2]])
+    fraction = fraction.to(x.dtype).reshape([len(sides), x.shape[0]] + [1] * (len(sides) + 1) + [index.shape[2]])
+    for axis, side in enumerate(sides):  # the interpolations share the block's voxels
+        block = torch.lerp(block.narrow(2 + axis, 0, side), block.narrow(2 + axis, 1, side), fraction[axis])
     return block.reshape(x.shape[0], -1, coordinates.shape[1])
 
 
@@ -295,19 +347,11 @@ def corners(coordinates: Tensor, size: List[int]) -> Tuple[Tensor, Tensor]:
     Returns:
         flat voxel indices (B, M P), corner by corner, and weights (B, M, P) that sum to 1 over the M = 2^len(S) corners.
     """
-    coordinates = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
-    steps = torch.arange(2, device=coordinates.device)[:, None]
-    index = torch.zeros_like(coordinates[:, None, :, 0], dtype=torch.long)
-    weight = torch.ones_like(coordinates[:, None, :, 0])
-    for axis in range(coordinates.shape[2]):
-        length = size[axis]
-        position = (((coordinates[:, None, :, axis] + 1) * length - 1) / 2).clamp(0, length - 1)
-        low = position.floor()
-        fraction = position - low
-        voxels = (low.long() + steps).clamp(max=length - 1)
-        shares = torch.cat([1 - fraction, fraction], dim=1)
-        index = (index.unsqueeze(2) * length + voxels.unsqueeze(1)).flatten(1, 2)
-        weight = (weight.unsqueeze(2) * shares.unsqueeze(1)).flatten(1, 2)
+    index, fraction = _blocks(coordinates, size, [1] * len(size))
+    shares = torch.stack([1 - fraction, fraction], dim=2)
+    weight = shares[0]
+    for axis in range(1, len(size)):
+        weight = (weight.unsqueeze(2) * shares[axis].unsqueeze(1)).flatten(1, 2)
     return index.flatten(1), weight
 
 

@@ -44,15 +44,19 @@ class FourierEncoding(nn.Module):
 
     def forward(self, coordinates: Tensor) -> Tensor:
         """Coordinates (B, P, len(S)) in [-1, 1] -> encoding (B, 2L, P), all sines, then all cosines."""
+        phase = self.phase(coordinates)
+        return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+    def phase(self, coordinates: Tensor) -> Tensor:
+        """The angles alone, (B, L, P)."""
         # sums of products, not a matrix product, which autocast would run in half precision
         dtype = torch.promote_types(self.frequencies.dtype, torch.float32)
-        frequencies = self.frequencies.to(dtype)
-        coordinates = coordinates.to(dtype)
-        phase = frequencies[:, 0, None] * coordinates[:, None, :, 0]
-        for axis in range(1, frequencies.shape[1]):
-            phase = phase + frequencies[:, axis, None] * coordinates[:, None, :, axis]
-        phase = 2 * math.pi * phase
-        return torch.cat([phase.sin(), phase.cos()], dim=1)
+        turns = (2 * math.pi * coordinates.to(dtype)).unsqueeze(1)
+        frequencies = self.frequencies.to(dtype).unsqueeze(2).unbind(1)
+        phase = frequencies[0] * turns[:, :, :, 0]
+        for axis in range(1, len(frequencies)):
+            phase = torch.addcmul(phase, frequencies[axis], turns[:, :, :, axis])
+        return phase
 
 
 class AnatomicalHead(nn.Module):
@@ -92,8 +96,8 @@ class AnatomicalHead(nn.Module):
         self.mlp = PointwiseMLP(2 * num_frequencies + in_channels, widths, last_activation=False, last_zero=residual)
 
     def forward(self, features: Tensor, coordinates: Tensor, coarse: Tensor, context: Tensor) -> Tensor:
-        encoded = self.encoding(coordinates).to(features.dtype)
-        rendered = self.mlp(torch.cat([encoded, features], dim=1))
+        phase, dtype = self.encoding.phase(coordinates), features.dtype
+        rendered = self.mlp(torch.cat([phase.sin().to(dtype), phase.cos().to(dtype), features], dim=1))
         return coarse + rendered if self.residual else rendered
 
 
