@@ -5,6 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
+from monai_morse.__main__ import build_parser
 from tools.experiments import read_experiments
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/*/docs/*.md")]
@@ -91,3 +92,14 @@ def test_the_site_has_every_document_in_its_navigation():
     """MkDocs says so, too, in ``make docs``."""
     navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
     assert [p.name for p in MANUAL[1:] if str(p.relative_to(ROOT / "docs")) not in navigation] == []
+
+
+def test_the_command_line_page_has_every_command():
+    page = (ROOT / "docs" / "command_line.md").read_text()
+    commands = next(action for action in build_parser()._actions if action.dest == "command").choices
+    assert [name for name in commands if f"| `{name}` |" not in page] == []
+
+
+def test_pages_are_as_short_as_they_are_meant():
+    limits = {"README.md": 140, "docs/quickstart.md": 80, "docs/choose.md": 60, "docs/results.md": 150, "docs/cost.md": 80}
+    assert [name for name, lines in limits.items() if (ROOT / name).read_text().count("\n") > lines] == []

@@ -7,6 +7,7 @@ README a page of its own, and the link to an experiment's table, ``results/NAME.
 from __future__ import annotations
 
 import functools
+import json
 import posixpath
 import re
 import tempfile
@@ -17,10 +18,12 @@ from mkdocs.structure.files import File, Files
 
 from monai_morse.__main__ import build_parser
 from tools.experiments import ROOT, read_experiments, write_page
+from tools.notebook import page_of
 
 CODE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)|^ {4,}\S.*?$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^]\[]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES |= {"docs/notebooks/first_steps.ipynb": "notebooks/first_steps.md"}
 PAGES |= {f"bundles/{p.parts[-3]}/docs/README.md": f"bundles/{p.parts[-3]}.md" for p in ROOT.glob("bundles/*/docs/README.md")}
 TABLES = {f"results/{name}.csv.gz": f"experiments/{name}.md" for name in read_experiments()}
 
@@ -51,7 +54,12 @@ def on_files(files: Files, config: Any) -> Files:
     for place, content in experiments().items():
         files.append(File.generated(config, place, content=content))
     for source, place in PAGES.items():
-        files.append(File.generated(config, place, content=(ROOT / source).read_text()))
+        text = (ROOT / source).read_text()
+        if source.endswith(".ipynb"):
+            text, pictures = page_of(json.loads(text))
+            for i, picture in enumerate(pictures):
+                files.append(File.generated(config, place.replace(".md", f"_{i}.png"), content=picture))
+        files.append(File.generated(config, place, content=text))
     return files
 
 
@@ -66,7 +74,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def moved(match: re.Match[str]) -> str:
         picture, text, target = match.groups()
         name, hash_, anchor = target.partition("#")
-        if not name or re.match(r"[a-z]+:", target) or (place.startswith("experiments/") and picture):
+        if not name or re.match(r"[a-z]+:", target) or (place.startswith(("experiments/", "notebooks/")) and picture):
             return match.group()
         path = posixpath.normpath(posixpath.join(home, name))
         new = PAGES.get(path) or TABLES.get(path) or path.removeprefix("docs/")
