@@ -21,8 +21,9 @@ test: $(VENV)/ready          ## the whole suite
 lint: $(VENV)/ready          ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-docs: $(VENV)/ready          ## every link between the documents leads somewhere; `make test` sees to it, too
+docs: $(VENV)/docs           ## the manual in build/site, warnings as errors; its links and sentences are tests of `make test`, too
 	$(BIN)/python -m pytest -n 0 tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W ignore -m mkdocs build
 
 dist: $(VENV)/ready          ## wheel and sdist in dist/; the wheel is installed into an empty environment and used
 	rm -rf dist build && $(BIN)/python -m build --outdir dist
@@ -48,6 +49,10 @@ $(VENV)/ready: $(REQUIREMENTS) setup.cfg
 	$(call install_torch,$(BIN)/pip)
 	$(BIN)/pip install -q -r $(REQUIREMENTS)
 	$(BIN)/pip install -q -e .[test]
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/pip install -q -e .[docs]
 	touch $@
 
 clean:                       ## remove the environments, what was built and the demo

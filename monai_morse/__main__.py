@@ -14,8 +14,8 @@ from monai_morse import __version__
 from monai_morse.errors import ending, say_how_to_go_on
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
     parser = argparse.ArgumentParser(prog="monai-morse", description=__doc__)
     versions = f"monai_morse {__version__}, MONAI {monai.__version__}, torch {torch.__version__}"
     versions += f", Python {platform.python_version()}"
@@ -84,8 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument(
         "--save", type=Path, metavar="NAME.csv.gz", help="make one table of the runs, to keep and to read again"
     )
+    return parser
 
-    args = parser.parse_args(arguments)
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(arguments)
     say_how_to_go_on("the same command starts again")
     try:
         if args.command == "phantom":

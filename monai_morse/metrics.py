@@ -38,7 +38,8 @@ def paper_figures(pred: np.ndarray, truth: np.ndarray, spacing: float | Sequence
     *lowers* the mean distances.
 
     Args:
-        pred, truth: masks (*S), nonzero inside.
+        pred: mask (*S), nonzero inside.
+        truth: the same of the true structure.
         spacing: size of a voxel along each axis; default 1: distances in voxels, as the paper's.
 
     Raises:

@@ -1,9 +1,11 @@
-"""What the documents point to: files and headings. ``make docs`` runs this alone."""
+"""What the documents point to, and how long their sentences are. ``make docs`` runs this alone."""
 
 import re
 
 import pytest
 from conftest import ROOT
+
+from tools.experiments import read_experiments
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/*/docs/*.md")]
 LINK = re.compile(r"""\]\(<?([^)\s>]+)|<(?:img|source|a)\b[^>]*?(?:src|srcset|href)=["']([^"'\s]+)""")
@@ -42,3 +44,49 @@ def test_dead_links_are_found(tmp_path):
         '```\n[code](no.md)\n```\n<img src="none.svg"> [far](https://doi.org/10.1) [own](#top)\n'
     )
     assert dead_links(tmp_path / "page.md") == ["no.md", "other.md#b", "no.png", "none.svg", "#top"]
+
+
+MANUAL = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+LONGEST, USUAL = 35, 25  # words
+
+
+def sentences(text):
+    """A document's sentences outside code, tables, headings and pictures; a link counts by its text, code as one word."""
+    text = re.sub(r"^(```|~~~).*?^\1", "", text, flags=re.MULTILINE | re.DOTALL)
+    for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
+        if re.match(r" {4,}(?![-*] )\S", block):
+            continue
+        lines = [line.strip() for line in block.splitlines() if not re.match(r"\s*(\||#|:::|!\[|<)", line)]
+        plain = re.sub(r"\[((?:[^]\[]|\[[^]]*\])*)\]\([^)]*\)", r"\1", " ".join(lines))
+        yield from re.split(r"(?<=[.!?])[)*_]*\s+", re.sub(r"`[^`]*`", "code", plain))
+
+
+def words(sentence):
+    return sum(bool(re.search(r"\w", word)) for word in sentence.split())
+
+
+@pytest.mark.parametrize("path", MANUAL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_sentence_is_long(path):
+    assert [f"{words(s)} words: {s}" for s in sentences(path.read_text()) if words(s) > LONGEST] == []
+
+
+def test_most_sentences_are_short():
+    all_of_them = [s for path in MANUAL for s in sentences(path.read_text()) if words(s)]
+    long = [f"{words(s)} words: {s}" for s in all_of_them if words(s) > USUAL]
+    assert len(long) < len(all_of_them) / 10, "\n".join(long)
+
+
+def test_the_notes_of_experiments_are_held_to_the_same():
+    texts = [text for e in read_experiments().values() for text in (e.question, e.setting, e.note)]
+    assert [s for text in texts for s in sentences(text) if words(s) > LONGEST] == []
+
+
+def test_long_sentences_are_found():
+    page = f"# {'Heading ' * 40}\n\n    {'code ' * 40}\n\n| {'cell ' * 40}|\n\nTwo words. And {'more ' * 40}[here and](there.md) `a b c`.\n"
+    assert [words(s) for s in sentences(page) if words(s)] == [2, 44]
+
+
+def test_the_site_has_every_document_in_its_navigation():
+    """MkDocs says so, too, in ``make docs``."""
+    navigation = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
+    assert [p.name for p in MANUAL[1:] if str(p.relative_to(ROOT / "docs")) not in navigation] == []

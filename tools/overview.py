@@ -20,27 +20,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 LINES = [  # setting, label, table in results/, backbone, row
-    ("3 mm, volumes", "DynUNet", "hippocampus_3mm", "dynunet", "+ MORSE"),
+    ("3 mm, volumes", "DynUNet, five folds", "hippocampus_3mm_folds", "dynunet", "+ MORSE"),
     ("3 mm, volumes", "SegResNet", "hippocampus_3mm", "segresnet", "+ MORSE"),
-    ("3 mm, volumes", "DynUNet, one training on each of five folds", "hippocampus_3mm_folds", "dynunet", "+ MORSE"),
-    ("2 mm, volumes", "DynUNet, five voxels a side, standardised", "hippocampus_2mm_systems", "dynunet", "+ MORSE"),
-    ("2 mm, volumes", "the same, one training on each of five folds", "hippocampus_2mm_folds", "dynunet", "+ MORSE"),
-    ("2 mm, volumes", "DynUNet, three voxels as they are, CPU", "hippocampus_2mm_cpu", "dynunet", "+ MORSE"),
-    ("2 mm, volumes", "the same, H100", "hippocampus_2mm", "dynunet", "+ MORSE"),
-    ("2 mm, volumes", "SegResNet, three voxels as they are, H100, two trainings", "hippocampus_2mm", "segresnet", "+ MORSE"),
+    ("2 mm, volumes", "DynUNet, five folds", "hippocampus_2mm_folds", "dynunet", "+ MORSE"),
     ("2 mm, slices", "DynUNet", "slices_2mm", "dynunet", "+ MORSE, patch_norm True"),
     ("2 mm, slices", "SegResNet", "slices_2mm", "segresnet", "+ MORSE, num_train not set, patch_norm True"),
-    ("2 mm, slices", "DynUNet, four times the iterations, one training", "slices_2mm_long", "dynunet", "+ MORSE"),
-    ("2 mm, slices", "DynUNet, pixels as they are", "slices_2mm", "dynunet", "+ MORSE, num_train 128"),
-    ("2 mm, slices", "the same, one training on each of five folds", "slices_2mm_folds", "dynunet", "+ MORSE"),
-    ("2 mm, slices", "SegResNet, pixels as they are", "slices_2mm", "segresnet", "+ MORSE"),
-    ("1 mm, volumes", "DynUNet, three voxels as they are, H100", "hippocampus_1mm", "dynunet", "+ MORSE"),
-    ("1 mm, volumes", "DynUNet, 5600 iterations, one training", "hippocampus_1mm_full", "dynunet", "+ MORSE"),
+    ("1 mm, volumes", "DynUNet", "hippocampus_1mm", "dynunet", "+ MORSE"),
     ("1 mm, slices", "DynUNet", "slices_1mm", "dynunet", "+ MORSE, image_patch 7, patch_norm True"),
-    ("1 mm, slices", "DynUNet, three pixels as they are", "slices_1mm", "dynunet", "+ MORSE, image_patch 3"),
-    ("1 mm, slices", "UNETR, one training", "slices_1mm_unetr", "unetr", "+ MORSE"),
     ("phantom's livers, half their resolution", "UNet3D", "liver_phantom", "unet3d", "+ MORSE"),
-    ("phantom's livers, half their resolution", "SegResNet", "liver_phantom", "segresnet", "+ MORSE"),
 ]
 
 
@@ -77,7 +64,7 @@ def markdown(lines: Sequence[Line]) -> str:
         cells.append(f"{min(dice.runs):+.2f} to {max(dice.runs):+.2f}" if len(dice.runs) > 1 else "-")
         cells += [cell(f"{round(percent(d))} %", d) for d in (hd95, asd)]
         rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
-    head = ["seen at", "backbone", "ΔDSC [95 % CI]", "of single runs", "95HD", "ASD"]
+    head = ["seen at", "network", "ΔDSC [95 % CI]", "of single runs", "95HD", "ASD"]
     return "\n".join([f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *rows])
 
 

@@ -276,7 +276,10 @@ class SaveMapd(SaveImaged):
 
     Args:
         keys: maps (C, *S), ``MetaTensor`` with the meta data of ``LoadImage``.
-        output_dir, output_postfix, output_dtype, allow_missing_keys: of ``SaveImaged``; default float32, all keys needed.
+        output_dir: folder to write to.
+        output_postfix: what follows the name.
+        output_dtype: of the voxels; default float32.
+        allow_missing_keys: leave out keys that an item lacks; default False.
     """
 
     @typed_arguments

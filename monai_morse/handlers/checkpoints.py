@@ -119,7 +119,8 @@ class TrainingState:
 
     Args:
         path: file to write, e.g. ``models/model_last.pt``.
-        network, optimizer: their states are kept, as is the trainer's epoch.
+        network: its state is kept, as is the trainer's epoch.
+        optimizer: its state is kept.
         lr_scheduler: a scheduler stepped once an epoch. It is replayed, not kept, so that a resumed training may have more
             epochs or another learning rate.
         evaluator: its best metric is kept, so that a resumed training does not replace the best model by a worse one.

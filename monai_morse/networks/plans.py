@@ -116,8 +116,10 @@ def planned_dynunet(
     """MONAI's ``DynUNet`` with the levels of :func:`plan_unet`, which are logged.
 
     Args:
-        in_channels, out_channels: C and K.
-        spacing, patch_size: of the image, by axis; the backbone's own are ``stride`` times as coarse.
+        in_channels: C.
+        out_channels: K.
+        spacing: of the image, mm by axis; the backbone's own is ``stride`` times as coarse.
+        patch_size: of the image, voxels by axis.
         stride: that of :class:`Morse`; default 1.
         features: channels of the finest level; default 32.
         options: further ones of ``DynUNet``, such as ``filters``; the norm is an instance norm with weights if none is given.
