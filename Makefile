@@ -13,7 +13,7 @@ EMPTY = build/empty
 .PHONY: demo test lint docs dist clean
 
 demo: $(VENV)/ready          ## phantom (or DATA=<MSD folder>), training, inference, evaluation, table and picture in $(OUT)/
-	$(BIN)/python -W ignore -m tools.demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(EPOCHS),--epochs $(EPOCHS))
+	$(BIN)/python -W ignore -m monai_morse demo --out $(OUT) $(if $(DATA),--data $(DATA)) $(if $(EPOCHS),--epochs $(EPOCHS))
 
 test: $(VENV)/ready          ## the whole suite
 	$(BIN)/python -m pytest
@@ -32,6 +32,8 @@ dist: $(VENV)/ready          ## wheel and sdist in dist/; the wheel is installed
 	$(EMPTY)/bin/pip install -q dist/*.whl
 	PYTHONPATH=tests $(BIN)/python -W ignore -c "from pathlib import Path; from zoo import write_bundle; write_bundle('spleen', Path('build/bundle'))"
 	cd build && empty/bin/monai-morse --version
+	cd build && empty/bin/monai-morse bundle hippocampus_mri_morse --out bundles
+	cd build && empty/bin/monai-morse demo --epochs 1
 	cd build && empty/bin/monai-morse phantom --out phantom --patients 2 --spacing 8 8 10
 	cd build && empty/bin/monai-morse wrap --bundle bundle --out wrapped
 	cd build && empty/bin/monai-morse report ../results/hippocampus_1mm.csv.gz --out report

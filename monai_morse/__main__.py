@@ -1,4 +1,4 @@
-"""``monai-morse`` or ``python -m monai_morse``: phantoms, data prepared, bundles wrapped, sweeps and their tables."""
+"""``monai-morse`` or ``python -m monai_morse``: the demo, bundles, phantoms, data sets, sweeps and their tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import monai
 import torch
 
 from monai_morse import __version__
+from monai_morse.bundles import bundle_names, copy_bundle
 from monai_morse.errors import ending, say_how_to_go_on
 
 
@@ -22,6 +23,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
     formatter = argparse.ArgumentDefaultsHelpFormatter
+
+    demo = commands.add_parser("demo", help="train bare and as MORSE, segment, score, draw", formatter_class=formatter)
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for data, runs, table and picture")
+    demo.add_argument("--data", type=Path, help="a data set in the MSD layout; default: the phantom, written first")
+    demo.add_argument("--epochs", type=int, help="epochs of each training; default: sized for ten minutes on two cores")
+
+    bundle = commands.add_parser("bundle", help="copy a bundle that travels with the package", formatter_class=formatter)
+    bundle.add_argument("name", help=f"one of {', '.join(bundle_names())}")
+    bundle.add_argument("--out", type=Path, default=Path("."), help="folder to copy it to")
 
     phantom = commands.add_parser("phantom", help="write a synthetic abdominal data set", formatter_class=formatter)
     phantom.add_argument("--out", required=True, help="folder to write, in the MSD layout (mri) or in BTCV's (ct)")
@@ -92,7 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     say_how_to_go_on("the same command starts again")
     try:
-        if args.command == "phantom":
+        if args.command == "demo":
+            from monai_morse.demo import run_demo
+
+            run_demo(args.out, args.data, args.epochs)
+        elif args.command == "bundle":
+            print(copy_bundle(args.name, args.out))
+        elif args.command == "phantom":
             from monai_morse.prepare import write_ct_phantom, write_phantom
 
             write = write_ct_phantom if args.modality == "ct" else write_phantom

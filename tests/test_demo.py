@@ -9,7 +9,7 @@ from conftest import write_msd
 
 from monai_morse import InputError
 from monai_morse.data import msd_cases
-from tools.demo import format_table, plan, run_demo
+from monai_morse.demo import format_table, plan, run_demo
 
 
 def test_demo_ends_with_a_table_and_a_picture_also_for_uncompressed_scans(msd, tmp_path, capsys):

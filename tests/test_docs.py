@@ -82,8 +82,8 @@ def test_the_notes_of_experiments_are_held_to_the_same():
 
 
 def test_long_sentences_are_found():
-    page = f"# {'Heading ' * 40}\n\n    {'code ' * 40}\n\n| {'cell ' * 40}|\n\n"
-    page += f"Two words. And {'more ' * 40}[here and](there.md) `a b c`.\n"
+    code, heading, cells = f"    {'code ' * 40}", f"# {'heading ' * 40}", f"| {'cell ' * 40}|"
+    page = f"{heading}\n\n{code}\n\n{cells}\n\nTwo words. And {'more ' * 40}[here and](there.md) `a b c`.\n"
     assert [words(s) for s in sentences(page) if words(s)] == [2, 44]
 
 

@@ -13,6 +13,8 @@ from conftest import ROOT
 from monai.bundle import ConfigParser
 
 import monai_morse
+from monai_morse.__main__ import main
+from monai_morse.bundles import bundle_names, copy_bundle
 from monai_morse.config import parse_bool
 from monai_morse.errors import find_input_error
 
@@ -69,7 +71,7 @@ def test_import_needs_no_wing_and_none_of_the_libraries_that_only_some_commands_
 # from the foundation up: a room imports those before it, files within one as they like, but in no circle
 ROOMS = (
     "errors config networks losses weights engines inferers data words fingerprint cohort metrics visualize handlers paper "
-    "prepare experiments wrap __main__"
+    "prepare experiments wrap bundles demo __main__"
 ).split()
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in sorted((ROOT / "monai_morse").rglob("*.py"))}
 
@@ -125,6 +127,49 @@ def test_oldest_and_newest_versions_are_of_the_same_packages_and_setup_cfg_asks_
     needed = dict(line.split(" >= ") for line in config["options"]["install_requires"].split("\n") if line)
     label = {"pydicom": "2.4.4"}  # MONAI Label needs pydicom < 3; the tests write DICOM with what pydicom 3 has
     assert needed == {name: oldest[name] for name in needed} | label
+
+
+def test_every_package_and_every_file_of_a_bundle_travels(tmp_path):
+    """What setup.cfg lists: all packages, and of the bundles what git knows, weights included."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = config["options"]["packages"].split()
+    found = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "monai_morse").rglob("__init__.py")}
+    assert set(listed) == found | {"monai_morse._bundles"} and len(set(listed)) == len(listed)
+    patterns = config["options.package_data"]["monai_morse._bundles"].split()
+    travels = {path for pattern in patterns for path in (ROOT / "bundles").glob(pattern) if path.is_file()}
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        known = subprocess.run(["git", "ls-files", "bundles"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+        assert travels == {ROOT / name for name in known.split()}
+
+
+@pytest.mark.parametrize("name", bundle_names())
+def test_a_bundle_is_copied_whole_and_never_over_another(name, tmp_path, capsys):
+    assert main(["bundle", name, "--out", str(tmp_path / "new")]) == 0
+    copy, source = tmp_path / "new" / name, ROOT / "bundles" / name
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [name]
+    for folder in ("configs", "docs"):
+        assert sorted(p.name for p in (copy / folder).iterdir()) == sorted(p.name for p in (source / folder).iterdir())
+    assert (copy / "models" / "model.pt").is_file() == (source / "models" / "model.pt").is_file()
+    told = capsys.readouterr().out
+    assert ("weights: models/model.pt" in told) == (copy / "models" / "model.pt").is_file()
+    assert main(["bundle", name, "--out", str(tmp_path / "new")]) == 1
+    assert "exists; remove it" in capsys.readouterr().err
+
+
+def test_a_bundle_that_is_not_there_is_told_with_those_that_are(tmp_path, capsys):
+    assert main(["bundle", "liver", "--out", str(tmp_path / "new")]) == 1
+    assert "hippocampus_mri_morse" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_bundle_cut_off_while_it_is_copied_is_not_there(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(OSError):
+        copy_bundle("hippocampus_mri_morse", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_versions_agree():

@@ -1,8 +1,7 @@
-"""``make demo``: MORSE next to its bare backbone, by ``monai.bundle run`` alone, ending in a table and a picture."""
+"""``monai-morse demo``: MORSE next to its bare backbone, by ``monai.bundle run`` alone, ending in a table and a picture."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import shlex
@@ -21,16 +20,17 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
+from monai_morse.bundles import bundle_folder
 from monai_morse.data import ToScanGridd, atomic_write, msd_cases, msd_class_names, scan_name, usable_cases
 from monai_morse.data.cases import read_listing
-from monai_morse.errors import InputError, short_errors
+from monai_morse.errors import InputError
 from monai_morse.handlers.evaluation import mean_of
 from monai_morse.prepare import write_phantom
 from monai_morse.visualize import boundary_picture
 
 __all__ = ["run_demo"]
 
-BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "hippocampus_mri_morse"
+BUNDLE = bundle_folder() / "hippocampus_mri_morse"
 SYSTEMS = {
     "baseline": {"experts": "none", "renderer": "none"},
     "MORSE": {"experts": "stochastic", "renderer": "anatomical"},
@@ -124,10 +124,8 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
         epochs: of each training; default: as many as make about ``ITERATIONS`` iterations.
 
     Raises:
-        InputError: when the bundle or the data cannot be found, or a run fails.
+        InputError: when the data cannot be found, or a run fails.
     """
-    if not BUNDLE.is_dir():
-        raise InputError(f"no bundle at {BUNDLE}; run the demo from a clone of the repository")
     started = time.time()
     out = out.resolve()
     if data is None:
@@ -174,20 +172,3 @@ def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> 
         partial.write_text(table + "\n")
     picture = _picture(out, configs, options, held_back[0])
     print(f"\n{table}\n\npicture: {picture}\ntable:   {out / 'table.md'}\ntotal:   {(time.time() - started) / 60:.1f} minutes")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for data, runs, table and picture")
-    parser.add_argument("--data", type=Path, help="a data set in the MSD layout; default: the phantom, written first")
-    parser.add_argument("--epochs", type=int, help="epochs of each training; default: sized for ten minutes on two cores")
-    args = parser.parse_args(arguments)
-    short_errors()
-    run_demo(args.out, args.data, args.epochs)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
