@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,29 +20,57 @@ from monai_morse.errors import InputError
 from monai_morse.losses import SCHEDULES
 from monai_morse.weights import read_checkpoint
 
-__all__ = ["check_words"]
+__all__ = ["check_values", "check_words"]
 
 
-def check_words(**words: Any) -> None:
-    """See that words at the left margin of a bundle's configs are what they may be, and those of its command line are known.
+def check_words() -> None:
+    """See that what ``monai.bundle run`` was given is known to its configs, and that their words are what they may be.
 
-    Called first in ``initialize``, ``$monai_morse.words.check_words(**@words)``: a wrong word ends the run before data are
-    read. Words of the network are its own to check.
+    Called first in ``initialize``, ``$monai_morse.words.check_words()``: a wrong word, of the command line or of a file, ends
+    the run before data are read. Goes by the command line of the process, and does nothing in any other program. Words of
+    the network are its own to check, and words that are made of others, such as ``max_epochs`` of the data, are not asked.
+
+    Raises:
+        InputError: naming the first word that is wrong and what it may be, or that no config has.
+    """
+    given = _given(sys.argv) if sys.argv[1:2] == ["run"] else {}
+    if given.get("args_file"):
+        given = {**ConfigParser.load_config_file(given["args_file"]), **given}
+    if not given.get("config_file") or given.get("tracking"):
+        return
+    config = ConfigParser.load_config_files(given["config_file"])
+    _check_known(given, config)
+    parser = ConfigParser(config)
+    parser.update({name: value for name, value in given.items() if _word(name) in config})
+    asked = [name for name in WORDS if parser.get(name) is not None and "#" not in str(parser.get(name))]
+    words = {}
+    for name in asked:  # one by one, for words may be made of others: num_classes of class_names
+        words[name] = parser.get_parsed_content(name)
+        WORDS[name](name, words[name])
+    _check_together(words)
+
+
+def check_values(**words: Any) -> None:
+    """See that words have values that they may have.
 
     Args:
         words: by name, of those in ``WORDS``.
 
     Raises:
-        InputError: naming the first word that is wrong and what it may be, or that no config has.
+        InputError: naming the first one that is wrong and what it may be.
 
-    >>> check_words(batch_size=2, overlap=0.5, amp="false", spacing=[1, 1, 2.5], device="cpu")
-    >>> check_words(overlap=1.5)
+    >>> check_values(batch_size=2, overlap=0.5, amp="false", spacing=[1, 1, 2.5], device="cpu")
+    >>> check_values(overlap=1.5)
     Traceback (most recent call last):
     monai_morse.errors.InputError: overlap must be a number in [0, 1), got 1.5
     """
-    _check_known(sys.argv)
     for name, value in words.items():
         WORDS[name](name, value)
+    _check_together(words)
+
+
+def _check_together(words: Mapping[str, Any]) -> None:
+    """See that words agree with each other."""
     axes, stride = words.get("patch_size"), words.get("stride")
     if axes and isinstance(stride, (list, tuple)) and len(stride) != len(axes):
         raise InputError(f"stride must be a whole number or {len(axes)} of them, as patch_size has, got {stride!r}")
@@ -141,16 +169,16 @@ WORDS |= dict.fromkeys(
 # --- which words there are
 
 
-def _check_known(arguments: Sequence[str]) -> None:
-    """See that ``monai.bundle run`` was given names that its config files have: any other would be taken and of no effect."""
-    given = _given(arguments)
-    if given.get("args_file"):
-        given = {**ConfigParser.load_config_file(given["args_file"]), **given}
-    if arguments[1:2] != ["run"] or not given.get("config_file") or given.get("tracking"):
-        return
-    known = {re.split("#|::", name)[0].lstrip("+") for name in ConfigParser.load_config_files(given["config_file"])}
+def _word(name: str) -> str:
+    """The word at the left margin that a name of a command line is of."""
+    return re.split("#|::", name)[0]
+
+
+def _check_known(given: Iterable[str], config: Iterable[str]) -> None:
+    """See that ``monai.bundle run`` was given names that its config has: any other would be taken and of no effect."""
+    known = {_word(name).lstrip("+") for name in config}
     for name in given:
-        word = re.split("#|::", name)[0]
+        word = _word(name)
         if word not in known | inspect.signature(run).parameters.keys():
             near = difflib.get_close_matches(word, known, 1, 0.7)
             hint = f"did you mean --{near[0]}?" if near else "give one at the left margin of its configs"

@@ -27,7 +27,7 @@ OWN = {
         *("train#deterministic_transforms", "train#random_transforms", "train#dataset", "train#sampler", "train#dataloader"),
         *("validate#preprocessing", "validate#dataset#cache_rate", "train#trainer#prepare_batch#coordinates"),
         *("train#handlers#7#_disabled_", "train#handlers#8#settings", "train#handlers#9"),  # without cases to validate on
-        *("limits", "initialize#4", "initialize#6"),
+        *("limits", *(f"initialize#{i}" for i in (5, 6, 7))),
     },
     "inference.yaml": {
         *("imports", "dataset_dir", "class_names", "spacing", "window", "patch_size"),

@@ -39,7 +39,7 @@ from monai_morse.inferers import AutocastInferer, FineGridInferer, MorseInferer
 from monai_morse.networks import PointSelection, check_window
 from monai_morse.networks.experts import Mixture
 from monai_morse.weights import read_checkpoint
-from monai_morse.words import WORDS, _check_known
+from monai_morse.words import WORDS, check_words
 from monai_morse.wrap import wrap_bundle
 
 FINE = ""
@@ -714,7 +714,7 @@ LEFT_MARGIN = {  # words, and what must be said of them before any work
 def test_a_wrong_word_is_refused_by_name_before_any_work(row):
     words, message = LEFT_MARGIN[row]
     with pytest.raises(InputError, match=message):
-        monai_morse.words.check_words(**words)
+        monai_morse.words.check_values(**words)
 
 
 BY_OTHERS = {  # words that are asked early by whom they are for
@@ -726,7 +726,7 @@ BY_OTHERS = {  # words that are asked early by whom they are for
     "made of others": "num_classes max_epochs epoch_length",
     "of torchrun": "rank backend",
     "the engine, when it starts": "weights",
-    "parts of training": "_meta_ imports backbones network_def synced network loss optimizer lr_scheduler train validate words",
+    "parts of training": "_meta_ imports backbones network_def synced network loss optimizer lr_scheduler train validate",
     "parts of inference": "scans preprocessing postprocessing dataset dataloader inferer handlers evaluator",
     "cases": "train_cases val_cases all_cases eval_cases cases paper_experts loaded",
     "runs": "initialize run finalize",
@@ -739,15 +739,12 @@ def test_every_word_at_the_left_margin_is_checked(file):
     under = {"inference": [], "train": []}.get(file.stem, ["inference" if "inference" in file.stem else "train"])
     parser = ConfigParser()
     parser.read_config([str(configs / f"{name}.yaml") for name in [*under, file.stem]])
-    words = parser["words"]
-    assert all(value == f"@{name}" for name, value in words.items()) and words.keys() <= WORDS.keys()
-    unchecked = parser.config.keys() - words.keys() - set(" ".join(BY_OTHERS.values()).split())
-    assert not unchecked
-    assert "$monai_morse.words.check_words(**@words)" in parser["initialize"][:2]
+    assert not parser.config.keys() - WORDS.keys() - set(" ".join(BY_OTHERS.values()).split())
+    assert "$monai_morse.words.check_words()" in parser["initialize"][:2]
 
 
 TYPED = {  # a command line of the hippocampus bundle's training, and what is said of it
-    "as it should be": ("--batch_size 3 --learning_rate=-1 --train#trainer#max_epochs 2 --validate::inferer::scale 2", FINE),
+    "as it should be": ("--batch_size 3 --learning_rate=1e-1 --train#trainer#max_epochs 2 --validate::inferer::scale 2", FINE),
     "hyphens, as Fire takes them": ("--batch-size 3", FINE),
     "words of MONAI": ("--run_id run --init_id initialize --meta_file a --logging_file b", FINE),
     "a letter less": ("--bach_size 3", "--bach_size: the bundle has no word 'bach_size'; did you mean --batch_size"),
@@ -758,12 +755,51 @@ TYPED = {  # a command line of the hippocampus bundle's training, and what is sa
 }
 
 
+@pytest.fixture
+def typed(monkeypatch):
+    """Checks the words of a command line."""
+
+    def check(line):
+        monkeypatch.setattr(sys, "argv", ["monai/bundle/__main__.py", *line.split()])
+        check_words()
+
+    return check
+
+
+HIPPOCAMPUS = ROOT / "bundles/hippocampus_mri_morse/configs"
+
+
 @pytest.mark.parametrize("row", TYPED)
-def test_a_word_that_no_config_has_is_refused(row):
+def test_a_word_that_no_config_has_is_refused(row, typed):
     words, message = TYPED[row]
-    line = ["monai/bundle/__main__.py", "run", "--config_file", str(ROOT / "bundles/hippocampus_mri_morse/configs/train.yaml")]
     with pytest.raises(InputError, match=message) if message else nullcontext():
-        _check_known([*line, *words.split()])
+        typed(f"run --config_file {HIPPOCAMPUS}/train.yaml {words}")
+
+
+WRONG = {  # words of a command line, or of a config file, and what is said of them
+    "of the command line": ("--batch_size 0", "batch_size: 2", "batch_size must be a whole number in .1, inf., got 0"),
+    "of the file": ("", "batch_size: 0", "batch_size must be a whole number in .1, inf., got 0"),
+    "of the command line over the file": ("--batch_size 2", "batch_size: 0", FINE),
+    "an expression": ("", "batch_size: $1 - 1", "batch_size must be a whole number in .1, inf., got 0"),
+    "behind a #": ("--limits#voxels 0", "limits: {voxels: 9}", "limits: voxels must be a number"),
+    "made of a wrong one": (
+        "--class_names 5",
+        "num_classes: $len(@class_names) + 1\nclass_names: [a]",
+        "class_names must be a",
+    ),
+    "made of the data": ("", "max_epochs: $0 * len(@train#dataset)\ntrain: {dataset: [1]}", FINE),
+    "of a file of arguments": ("--args_file ARGS", "batch_size: 2", "batch_size must be a whole number in .1, inf., got 0"),
+}
+
+
+@pytest.mark.parametrize("row", WRONG)
+def test_a_wrong_word_is_refused_wherever_it_stands(row, typed, tmp_path):
+    words, config, message = WRONG[row]
+    (tmp_path / "a.yaml").write_text(config)
+    (tmp_path / "args.json").write_text('{"batch_size": 0}')
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        typed(f"run --config_file {tmp_path}/a.yaml {words.replace('ARGS', str(tmp_path / 'args.json'))}")
+    typed(f"start_server --config_file {tmp_path}/a.yaml {words}")  # another program's command line is its own
 
 
 # called by Python alone, each iteration or by torch.jit, with values that no config gives

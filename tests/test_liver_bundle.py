@@ -202,8 +202,21 @@ def test_a_coronal_scan_is_seen_by_its_own_slices(tmp_path, caplog):
 
 def test_without_weights_inference_says_what_to_do(liver, tmp_path):
     with pytest.raises(Exception) as caught:
-        run_here("infer", ["inference"], dataset_dir=str(liver / "imagesTr"), output_dir=str(tmp_path))
+        words = {"weights": str(tmp_path / "model.pt"), "output_dir": str(tmp_path)}
+        run_here("infer", ["inference"], dataset_dir=str(liver / "imagesTr"), **words)
     assert "no checkpoint at" in str(find_input_error(caught.value))
+
+
+def test_the_shipped_weights_find_the_liver_of_the_patient_they_were_not_trained_on(tmp_path):
+    case = msd_cases(real_data("CHAOS_T2"), "val", fold=0, num_folds=16)[0]
+    words = {"bundle_root": str(BUNDLE), "dataset_dir": case["image"], "output_dir": str(tmp_path)}
+    workflow = ConfigWorkflow(str(CONFIGS / "inference.yaml"), logging_file=False, workflow_type="infer", **words)
+    workflow.initialize()
+    workflow.run()
+    seg, truth = nib.load(next(tmp_path.glob("*_seg.nii.gz"))), nib.load(case["label"])
+    found, liver = np.asarray(seg.dataobj) == 1, np.asarray(truth.dataobj) == 1
+    assert seg.shape == truth.shape and np.allclose(seg.affine, truth.affine, atol=1e-6)
+    assert 2 * (found & liver).sum() / (found.sum() + liver.sum()) > 0.9
 
 
 def test_without_data_it_runs_on_a_phantom_of_its_own(tmp_path, monkeypatch, caplog):
