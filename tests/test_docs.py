@@ -1,11 +1,13 @@
 """What the documents point to, and how long their sentences are. ``make docs`` runs this alone."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from monai_morse.__main__ import build_parser
+from tools import site
 from tools.experiments import read_experiments
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bundles/*/docs/*.md")]
@@ -94,10 +96,30 @@ def test_the_site_has_every_document_in_its_navigation():
     assert [p.name for p in MANUAL[1:] if str(p.relative_to(ROOT / "docs")) not in navigation] == []
 
 
+@pytest.mark.parametrize(
+    "place, link, moved",
+    [
+        ("results.md", "[runs](../results/slices_1mm.csv.gz)", "[runs](experiments/slices_1mm.md)"),
+        ("experiments/slices_2mm_folds.md", "[fold 0](slices_2mm.csv.gz)", "[fold 0](slices_2mm.md)"),
+        ("index.md", "[the `cost`](docs/cost.md#on-a-gpu)", "[the `cost`](cost.md#on-a-gpu)"),
+        ("index.md", "![a](docs/figures/overview.png)", "![a](figures/overview.png)"),
+        ("choose.md", "[it](../bundles/synapse_ct_morse/docs/README.md#data)", "[it](bundles/synapse_ct_morse.md#data)"),
+        ("bundles/synapse_ct_morse.md", "[c](../../../docs/cost.md)", "[c](../cost.md)"),
+        ("cost_details.md", "[`a tool`](../tools/literal.py)", "`a tool`"),
+        ("paper.md", "[far](https://doi.org/10.1) [own](#top)", "[far](https://doi.org/10.1) [own](#top)"),
+        ("paper.md", "```\n[code](no.md)\n```", "```\n[code](no.md)\n```"),
+    ],
+)
+def test_the_site_follows_links_as_github_does(place, link, moved):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=place))
+    assert site.on_page_markdown(f"{link}\n", page) == f"{moved}\n"
+
+
 def test_the_command_line_page_has_every_command():
     page = (ROOT / "docs" / "command_line.md").read_text()
     commands = next(action for action in build_parser()._actions if action.dest == "command").choices
     assert [name for name in commands if f"| `{name}` |" not in page] == []
+    assert [name for name in commands if f"usage: monai-morse {name}" not in site.options()] == []
 
 
 def test_pages_are_as_short_as_they_are_meant():

@@ -32,7 +32,8 @@ def run(notebook: dict[str, Any], parameters: Mapping[str, Any] | None = None) -
 
     names: dict[str, Any] = {"__name__": "__main__"}
     for count, cell in enumerate((c for c in notebook["cells"] if c["cell_type"] == "code"), start=1):
-        printed, outputs = io.StringIO(), []
+        printed = io.StringIO()
+        outputs: list[dict[str, Any]] = []
         with contextlib.redirect_stdout(printed):
             exec(compile("".join(cell["source"]), f"cell {count}", "exec"), names)
         if "parameters" in cell["metadata"].get("tags", ()):

@@ -12,13 +12,14 @@ import posixpath
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from mkdocs.structure.files import File, Files
+from typing import TYPE_CHECKING, Any
 
 from monai_morse.__main__ import build_parser
 from tools.experiments import ROOT, read_experiments, write_page
 from tools.notebook import page_of
+
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files  # of the docs extra, which tests do without
 
 CODE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)|^ {4,}\S.*?$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[((?:[^]\[]|\[[^]]*\])*)\]\(([^)\s]+)\)")
@@ -51,6 +52,8 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that do not lie in docs/."""
+    from mkdocs.structure.files import File
+
     for place, content in experiments().items():
         files.append(File.generated(config, place, content=content))
     for source, place in PAGES.items():
