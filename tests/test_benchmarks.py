@@ -1,5 +1,6 @@
 """The benchmark's literal head is the paper preset, value and gradient; its table shows what was measured."""
 
+import csv
 import math
 import re
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, window
 
 from monai_morse import Morse, MorseLoss
+from tools import price
 from tools.cost import Operations, build, measure, operations, parse, table
 from tools.gate import main as gate
 from tools.growth import slope
@@ -169,3 +171,19 @@ def test_the_overviews_table_is_the_pages_and_its_picture_has_every_line():
         (interval,) = dice.containers[y].lines[2]
         assert interval.get_segments()[0].tolist() == pytest.approx(np.array([[d.low, y], [d.high, y]]))
         assert [percent(line.differences[3]), y] in [point for drawn in asd.lines for point in drawn.get_xydata().tolist()]
+
+
+def test_the_price_tables_accuracy_is_that_of_the_committed_trainings():
+    table = list(csv.DictReader(price.TABLE.open()))
+    assert [row["set"] for row in table] == [name for name, of in price.SETS.items() for _ in of.points]
+    expected = [price.accuracy(point, of.points[0]) for of in price.SETS.values() for point in of.points]
+    for row, told in zip(table, expected, strict=True):
+        assert {n: row[n] for n in told} == {n: str(value) for n, value in told.items()}
+        assert all(0 < float(row[n]) < 10 for n in price.PRICES)
+    assert all(float(table[0][n]) == 1 for n in price.PRICES)
+
+
+def test_a_price_is_a_ratio_to_the_bare_network_at_full_resolution():
+    bare = "bare stride=1 patch_size=[16,16,16]"
+    found = price.measure(ROOT / "bundles/hippocampus_mri_morse", bare.replace("=1 ", "=2 "), bare, (20, 20, 20), 3)
+    assert found.keys() == set(price.PRICES) and 0 < found["training step"] < 1

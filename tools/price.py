@@ -4,8 +4,7 @@ Accuracy is that of trainings in results/; price is measured now, of the very ne
 inference of a whole scan, and the peak memory of both. Each network and the bare one at full resolution run in two processes,
 in turn, so that other work on the machine counts for both. Writes results/price.csv and docs/figures/price.png.
 
-    python -m tools.price                       # all sets; on one core: taskset -c 0
-    python -m tools.price --sets hippocampus --repeats 9
+    python -m tools.price                       # on one core: taskset -c 0
     python -m tools.price --draw                # the picture alone, from results/price.csv
 """
 
@@ -83,15 +82,6 @@ SETS = {
             Point("3 mm", "MORSE", "hippocampus_3mm", MORSE, {**TRAINED, "coordinates": "window"}),
         ],
     ),
-    "CHAOS T2": Set(
-        "liver_mpmri_morse",
-        (256, 256, 36),
-        [
-            Point("full", "bare", "chaos", BARE, {"stride": 1}),
-            Point("half in-plane", "bare", "chaos", BARE, {"stride": [2, 2, 1]}),
-            Point("half in-plane", "MORSE", "chaos", MORSE, {"stride": [2, 2, 1]}),
-        ],
-    ),
 }
 PRICES = ("training step", "inference", "memory, training", "memory, inference")
 COLUMNS = ("set", "view", "network", "runs", "dice", "dice_to_full", "low", "high", "asd", *PRICES)
@@ -141,23 +131,33 @@ def measure(bundle: Path, row: str, base: str, scan: Sequence[int], repeats: int
     return found
 
 
+def accuracy(point: Point, full: Point) -> dict[str, Any]:
+    """The columns of a point that its trainings tell; differences to ``full`` are paired, with a 95 % interval over cases."""
+    runs = find_runs(point)
+    figures = finite_mean([run.average() for run in runs])
+    row = {
+        "view": point.view,
+        "network": point.name,
+        "runs": len(runs),
+        "dice": f"{figures[0]:.2f}",
+        "asd": f"{figures[3]:.3f}",
+    }
+    difference = paired_difference(runs, find_runs(full), 0) if point != full else None
+    if difference is not None:
+        row |= {"dice_to_full": f"{difference.mean:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}"}
+    return row
+
+
 def rows_of_set(name: str, repeats: int) -> list[dict[str, Any]]:
     """The table's rows of one set; the first is the bare network at full resolution."""
     bundle, scan, points = SETS[name]
-    full = find_runs(points[0])
-    rows = []
+    full, rows = points[0], []
     for point in tqdm(points, desc=name, disable=None):
-        runs = find_runs(point)
-        figures = finite_mean([run.average() for run in runs])
-        difference = paired_difference(runs, full, 0) if point is not points[0] else None
-        row = {"set": name, "view": point.view, "network": point.name, "runs": len(runs)}
-        row |= {"dice": f"{figures[0]:.2f}", "asd": f"{figures[3]:.3f}"}
-        if difference is not None:
-            row |= {"dice_to_full": f"{difference.mean:.2f}", "low": f"{difference.low:.2f}", "high": f"{difference.high:.2f}"}
         price = dict.fromkeys(PRICES, 1.0)
-        if point is not points[0]:
-            price = measure(ROOT / "bundles" / bundle, row_of(runs[0]), row_of(full[0]), scan, repeats)
-        rows.append(row | {n: f"{value:.3f}" for n, value in price.items()})
+        if point != full:
+            built = [row_of(find_runs(p)[0]) for p in (point, full)]
+            price = measure(ROOT / "bundles" / bundle, *built, scan, repeats)
+        rows.append({"set": name, **accuracy(point, full), **{n: f"{value:.3f}" for n, value in price.items()}})
     return rows
 
 
