@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 
 from monai_morse.bundles import bundle_folder
+from monai_morse.config import typed_arguments
 from monai_morse.data import ToScanGridd, atomic_write, msd_cases, msd_class_names, scan_name, usable_cases
 from monai_morse.data.cases import read_listing
 from monai_morse.errors import InputError
@@ -115,6 +116,7 @@ def _picture(out: Path, configs: list[str], options: dict, case: dict[str, str])
     )
 
 
+@typed_arguments
 def run_demo(out: Path, data: Path | None = None, epochs: int | None = None) -> None:
     """Train, infer and evaluate both systems on the phantom, or on ``data`` in the MSD layout; print table and picture.
 

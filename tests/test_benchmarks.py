@@ -181,9 +181,13 @@ def test_the_price_tables_accuracy_is_that_of_the_committed_trainings():
         assert {n: row[n] for n in told} == {n: str(value) for n, value in told.items()}
         assert all(0 < float(row[n]) < 10 for n in price.PRICES)
     assert all(float(table[0][n]) == 1 for n in price.PRICES)
+    assert price.markdown(table) in (ROOT / "docs/results.md").read_text()
+    morse = next(row for row in table if row["view"] == "2 mm" and row["network"] == "MORSE")
+    assert f"within {-float(morse['dice_to_full']):.1f} points of full resolution" in (ROOT / "README.md").read_text()
+    assert 0.17 < float(morse["training step"]) < 0.23, "README says a fifth"
 
 
 def test_a_price_is_a_ratio_to_the_bare_network_at_full_resolution():
-    bare = "bare stride=1 patch_size=[16,16,16]"
-    found = price.measure(ROOT / "bundles/hippocampus_mri_morse", bare.replace("=1 ", "=2 "), bare, (20, 20, 20), 3)
+    bare = "bare stride=1 patch_size=[32,32,32]"
+    found = price.measure(ROOT / "bundles/hippocampus_mri_morse", bare.replace("=1 ", "=2 "), bare, (36, 32, 40), 3)
     assert found.keys() == set(price.PRICES) and 0 < found["training step"] < 1

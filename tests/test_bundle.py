@@ -141,7 +141,7 @@ def test_inference_keeps_the_scans_geometry_and_one_broken_scan_takes_nobody_dow
     assert done.returncode == 1
     assert "1 case(s) refused or failed, the others are done" in done.stderr and "case_1_broken" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sorted(os.listdir(tmp_path / "out")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz", "cohort.csv"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("[!.]*")) == ["case_0_seg.nii.gz", "case_1_seg.nii.gz", "cohort.csv"]
     pred = nib.load(tmp_path / "out/case_1_seg.nii.gz")
     assert pred.shape == (20, 24, 18) and np.allclose(pred.affine, OBLIQUE, atol=1e-5)
     assert pred.get_data_dtype() == np.uint8 and set(np.unique(pred.dataobj)) <= {0, 1, 2}
@@ -196,7 +196,7 @@ ERRORS = {
     "unknown schedule": (lambda d: {"schedule": "linear"}, "schedule must be one of .*'linear'"),
     "label out of range": (label_out_of_range, "case_2.nii.gz: labels \\[3.0\\] are outside 0 to 2"),
     "too few classes": (lambda d: {"class_names": "['all']"}, "class_names must be a list of 2 names"),
-    "names of no list": (lambda d: {"class_names": "anterior"}, "class_names must be a list of 2 names"),
+    "names of no list": (lambda d: {"class_names": "anterior"}, "class_names must be a list of names, such as"),
     "nothing to validate on": (lambda d: {"validate#dataset#data": "[]"}, "no case to validate on: of 4 case"),
     "patch of no size": (lambda d: {"patch_size": "[10,10,10]"}, "does not take windows.*--patch_size '.16, 16, 16.'"),
     "nowhere to write": (lambda d: {"output_dir": d / "dataset.json" / "out"}, "cannot write to .*dataset.json/out"),

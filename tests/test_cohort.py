@@ -336,7 +336,7 @@ OTHERS = {
     "windows": (lambda c: {"patch_size": [24, 24, 24]}, "is made with other settings"),
     "spacing": (lambda c: {"spacing": [1.0, 1.0, 2.0]}, "is made with other settings"),
     "another output": (lambda c: {"save_uncertainty": "true"}, "is made with other settings"),
-    "a transform": (lambda c: {"preprocessing#transforms#1#axcodes": "LPS"}, "is made with other settings"),
+    "a transform": (lambda c: {"preprocessing#transforms#3#nonzero": True}, "is made with other settings"),
     "weights and a word": (lambda c: other_weights(c) | {"overlap": 0.25}, "made with other weights and settings"),
 }
 

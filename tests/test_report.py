@@ -20,6 +20,7 @@ from monai_morse.experiments.figures import curves_figure, differences_figure
 from monai_morse.experiments.report import report
 from monai_morse.experiments.runs import _settings, read_runs, save_runs, write_curve
 from monai_morse.experiments.statistics import paired_difference, rows_of
+from tools import price
 from tools.experiments import read_experiments, write_page
 from tools.overview import percent, read_lines
 
@@ -607,7 +608,7 @@ def test_a_committed_table_is_whole_and_as_it_is_made(table, tmp_path):
 
 
 def test_every_interval_of_the_documents_is_made_of_committed_runs(page):
-    made = "\n".join(page(name)[0] for name in EXPERIMENTS)
+    made = "\n".join([*(page(name)[0] for name in EXPERIMENTS), price.markdown(list(csv.DictReader(price.TABLE.open())))])
     told = "\n".join([*(e.note for e in EXPERIMENTS.values()), *(p.read_text() for p in (ROOT / "docs").rglob("*.md"))])
     intervals = set(re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", told))
     assert len(intervals) > 8 and [i for i in intervals if i not in made] == []

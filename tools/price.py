@@ -161,6 +161,18 @@ def rows_of_set(name: str, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of docs/results.md."""
+    head = ["seen at", "network", "Dice points to full resolution", "ASD, mm", "training step", "inference", "memory, training"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for row in rows:
+        numbers = [float(row.get(n) or 0) for n in ("dice_to_full", "low", "high")]
+        cells = [row["view"], row["network"], "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers) if any(numbers) else "0"]
+        cells += [f"{float(row[n]):.2f}" for n in ("asd", *PRICES[:3])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(rows: Sequence[Mapping[str, str]]) -> Figure:
     """A panel a set: Dice to the bare network at full resolution over the price of a training step, with intervals."""
     sets = list(dict.fromkeys(row["set"] for row in rows))
@@ -169,7 +181,7 @@ def draw(rows: Sequence[Mapping[str, str]]) -> Figure:
     marks = {"bare": "o", "bare, wider": "s", "IAR": "^", "MORSE": "*"}
     for axis, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets):
         for row in (row for row in rows if row["set"] == name):
-            mean, low, high = (float(row[n] or 0) for n in ("dice_to_full", "low", "high"))
+            mean, low, high = (float(row.get(n) or 0) for n in ("dice_to_full", "low", "high"))
             color, size = f"C{views.index(row['view'])}", 13 if row["network"] == "MORSE" else 7
             step = float(row["training step"])
             axis.errorbar(step, mean, yerr=[[mean - low], [high - mean]], color=color, capsize=2, linewidth=1)
@@ -199,6 +211,7 @@ def main() -> None:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+    print(markdown(rows))
     save_figure(draw(rows), PICTURE)
 
 
