@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,13 +88,16 @@ PRICES = ("training step", "inference", "memory, training", "memory, inference")
 COLUMNS = ("set", "view", "network", "runs", "dice", "dice_to_full", "low", "high", "asd", *PRICES)
 
 
+_runs = functools.cache(read_runs)  # points share tables
+
+
 def find_runs(point: Point) -> list[Run]:
     """The trainings of a point.
 
     Raises:
         InputError: when there are none.
     """
-    runs, _ = read_runs(ROOT / "results" / f"{point.table}.csv.gz")
+    runs, _ = _runs(ROOT / "results" / f"{point.table}.csv.gz")
     dynunet = [r for r in runs if r.settings["backbone"] == "dynunet" and r.system == point.system]
     found = [r for r in dynunet if all(r.settings.get(n) == value for n, value in point.settings.items())]
     if not found:
